@@ -1,0 +1,48 @@
+"""Turns each step's row classes into metrics. Called once a step by the metadata builders, on host data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from quest_vllm.metadata import IntArray, RowClasses, measure_traffic
+from quest_vllm.metrics import get_worker_metrics
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """What the byte counts of a group of sparse layers depend on, on this rank.
+
+    ``num_select_heads`` is how many heads choose pages of their own: KV heads, or query heads.
+    """
+
+    num_sparse_layers: int
+    num_kv_heads: int
+    num_select_heads: int
+    head_dim: int
+    element_size: int
+    page_size: int
+    counts_rows: bool
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one token's K and V in one KV head."""
+        return 2 * self.head_dim * self.element_size
+
+
+def record_step(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, token_budgets: IntArray) -> None:
+    """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank."""
+    metrics = get_worker_metrics()
+    if group.counts_rows:
+        for path, reason, count in rows.counts():
+            metrics.rows(path, reason, count)
+        for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
+            metrics.budget(int(budget), int(count))
+    traffic = measure_traffic(rows, seq_lens, group.page_size)
+    select_scale = group.num_sparse_layers * group.num_select_heads
+    byte_scale = group.num_sparse_layers * group.num_kv_heads * group.vector_bytes
+    if traffic.pages_available:
+        metrics.pages(traffic.pages_selected * select_scale, traffic.pages_available * select_scale)
+    if traffic.vectors_dense:
+        metrics.kv_bytes(traffic.vectors_read * byte_scale, traffic.vectors_dense * byte_scale)

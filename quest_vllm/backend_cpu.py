@@ -1,0 +1,275 @@
+"""The CUSTOM attention backend on vLLM-CPU.
+
+Decode rows with a budget go through score, select and sparse attention; every other row goes through vLLM-CPU's own
+dense kernel. The KV writer is vLLM's too, so keys and values keep its packing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from quest_vllm import compat
+from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.budget import get_budget_table
+from quest_vllm.capabilities import QuestCapabilities
+from quest_vllm.config import QuestConfig
+from quest_vllm.layers import is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.metadata import RowClasses, classify_rows
+from quest_vllm.metrics import get_worker_metrics
+from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.page_layout import PageViews, split_chunks
+
+_cpu = compat.cpu_attention()
+
+
+class QuestCpuBackend(QuestCapabilities, _cpu.CPUAttentionBackend):  # type: ignore[misc,name-defined]
+    """Capabilities and factories; see vLLM's ``AttentionBackend``."""
+
+    supported_kv_cache_dtypes = ["auto", "bfloat16", "float16", "float32"]
+
+    @staticmethod
+    def get_impl_cls() -> type[QuestCpuImpl]:
+        """The per-layer implementation."""
+        return QuestCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QuestCpuMetadataBuilder]:
+        """The per-step metadata builder."""
+        return QuestCpuMetadataBuilder
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """The sparse rows of a step. ``tokens`` is each row's place in the flat query; all tensors are on the CPU."""
+
+    tokens: torch.Tensor  # [num_sparse] int64
+    seq_lens: torch.Tensor  # [num_sparse] int32
+    page_budgets: torch.Tensor  # [num_sparse] int32
+    block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
+    max_page_budget: int
+
+
+@dataclass
+class QuestCpuMetadata(_cpu.CPUAttentionMetadata):  # type: ignore[misc,name-defined]
+    """Stock metadata of the whole step, for dense layers, plus the split for sparse ones.
+
+    ``sparse`` is None when no row is sparse; ``dense`` is the stock metadata of the other rows (None when there are
+    none) and ``dense_tokens`` their places in the flat query.
+    """
+
+    sparse: SparseRows | None = None
+    dense: Any | None = None
+    dense_tokens: torch.Tensor | None = None
+
+
+class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore[misc,name-defined]
+    """Splits each step into sparse and dense rows."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = start_up(vllm_config, kv_cache_spec, layer_names)
+        layers = compat.attention_layers(vllm_config, layer_names)
+        sparse_layers = sum(is_sparse_layer(name, layer.impl, self.config) for name, layer in layers.items())
+        self.group = LayerGroup(
+            num_sparse_layers=sparse_layers,
+            num_kv_heads=self.num_kv_heads,
+            num_select_heads=(self.num_heads if self.config.group_reduction == "per_query_head" else self.num_kv_heads),
+            head_dim=self.head_dim,
+            element_size=kv_cache_spec.dtype.itemsize,
+            page_size=self.config.page_size,
+            counts_rows=vllm_config.parallel_config.rank == 0 and sparse_layers > 0,
+        )
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCpuMetadata:
+        """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = QuestCpuMetadata(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
+        if self.group.num_sparse_layers == 0 or common_attn_metadata.is_prefilling is None:
+            return metadata
+        query_start = common_attn_metadata.query_start_loc_cpu.numpy()
+        num_reqs = common_attn_metadata.num_reqs
+        seq_lens = common_attn_metadata.seq_lens.numpy()
+        budgets = get_budget_table().rows(num_reqs, common_attn_metadata.req_idx)
+        rows = classify_rows(
+            np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config
+        )
+        record_step(self.group, rows, seq_lens, budgets)
+        if rows.sparse.any():
+            metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start)
+            self._add_dense_rows(metadata, common_attn_metadata, rows)
+        return metadata
+
+    def _sparse_rows(self, common: Any, rows: RowClasses, query_start: np.ndarray) -> SparseRows:
+        chosen = np.flatnonzero(rows.sparse)
+        index = torch.from_numpy(chosen)
+        blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
+        page_budgets = rows.page_budgets[chosen]
+        return SparseRows(
+            tokens=torch.from_numpy(query_start[chosen].astype(np.int64)),
+            seq_lens=common.seq_lens[index],
+            page_budgets=torch.from_numpy(page_budgets),
+            block_table=common.block_table_tensor[index, :blocks].contiguous(),
+            max_page_budget=int(page_budgets.max()),
+        )
+
+    def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, rows: RowClasses) -> None:
+        """Give the rows that are not sparse a compact batch of their own."""
+        lengths = np.diff(common.query_start_loc_cpu.numpy())
+        chosen = np.flatnonzero(~rows.sparse & (lengths > 0))
+        if chosen.size == 0:
+            return
+        index = torch.from_numpy(chosen)
+        starts = common.query_start_loc_cpu.numpy()
+        metadata.dense_tokens = torch.from_numpy(
+            np.concatenate([np.arange(starts[row], starts[row + 1]) for row in chosen]).astype(np.int64)
+        )
+        query_start = torch.zeros(chosen.size + 1, dtype=torch.int32)
+        query_start[1:] = torch.from_numpy(np.cumsum(lengths[chosen]))
+        compact = common.replace(
+            query_start_loc=query_start,
+            query_start_loc_cpu=query_start,
+            seq_lens=common.seq_lens[index],
+            num_reqs=chosen.size,
+            num_actual_tokens=int(query_start[-1]),
+            block_table_tensor=common.block_table_tensor[index],
+            slot_mapping=common.slot_mapping[metadata.dense_tokens],
+            is_prefilling=common.is_prefilling[index],
+        )
+        metadata.dense = super().build(0, compact)
+
+
+class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defined]
+    """One layer's attention: vLLM-CPU's own, with the sparse rows taken out of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_layer_features(self.alibi_slopes, self.sinks)
+        self.config: QuestConfig = start_up(compat.current_vllm_config())
+        self._ops: Ops | None = None
+        self._views: PageViews | None = None
+        self._cache_pointer = 0
+        self._sparse_layer: bool | None = None
+
+    def _layer_ops(self, layer: Any) -> Ops:
+        if self._ops is None:
+            self._ops = load_ops(self.config.implementation, "cpu", layer.isa)
+        return self._ops
+
+    def _page_views(self, kv_cache: torch.Tensor) -> PageViews:
+        # the cache is bound once; views are kept as long as it stays where it is
+        if self._views is None or self._cache_pointer != kv_cache.data_ptr():
+            self._views = split_chunks(kv_cache, self.head_size, self.config.page_size)
+            self._cache_pointer = kv_cache.data_ptr()
+        return self._views
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
+        views = self._page_views(kv_cache)
+        compat.custom_ops().cpu_attn_reshape_and_cache(
+            key, value, views.keys, views.values, slot_mapping, layer.isa, kv_cache_dtype=self.kv_cache_dtype
+        )
+        if self.sliding_window == -1:
+            start = time.perf_counter()
+            self._layer_ops(layer).update_page_summaries(
+                views.keys, views.summaries, slot_mapping, page_size=self.config.page_size
+            )
+            get_worker_metrics().stage_seconds("update", time.perf_counter() - start)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: QuestCpuMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; ``query`` and ``output`` are ``[num_tokens, num_q_heads, head_dim]``."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("quest_vllm: fused output quantization is not supported on CPU")
+        if attn_metadata is None:  # warm-up
+            return output
+        views = self._page_views(kv_cache)
+        if self._sparse_layer is None:
+            self._sparse_layer = is_sparse_layer(layer.layer_name, self, self.config)
+        if attn_metadata.sparse is None or not self._sparse_layer:
+            count = attn_metadata.num_actual_tokens
+            self._attend_dense(query[:count], views, attn_metadata, output[:count])
+            return output
+        tokens = attn_metadata.sparse.tokens
+        output[tokens] = self._attend_sparse(layer, query[tokens], views, attn_metadata.sparse)
+        if attn_metadata.dense is not None:
+            dense_query = query[attn_metadata.dense_tokens]
+            dense_output = torch.empty_like(dense_query)
+            self._attend_dense(dense_query, views, attn_metadata.dense, dense_output)
+            output[attn_metadata.dense_tokens] = dense_output
+        return output
+
+    def _attend_sparse(self, layer: Any, query: torch.Tensor, views: PageViews, rows: SparseRows) -> torch.Tensor:
+        ops, config, metrics = self._layer_ops(layer), self.config, get_worker_metrics()
+        start = time.perf_counter()
+        scores = ops.score_pages(
+            query,
+            views.summaries,
+            rows.block_table,
+            rows.seq_lens,
+            page_size=config.page_size,
+            group_reduction=config.group_reduction,
+        )
+        scored = time.perf_counter()
+        selected = ops.select_pages(
+            scores,
+            rows.seq_lens,
+            rows.page_budgets,
+            page_size=config.page_size,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            max_page_budget=rows.max_page_budget,
+        )
+        chosen = time.perf_counter()
+        attended = ops.sparse_paged_attention(
+            query,
+            views.keys,
+            views.values,
+            rows.block_table,
+            rows.seq_lens,
+            selected,
+            page_size=config.page_size,
+            scale=self.scale,
+            softcap=self.logits_soft_cap,
+        )
+        metrics.stage_seconds("score", scored - start)
+        metrics.stage_seconds("select", chosen - scored)
+        metrics.stage_seconds("attend", time.perf_counter() - chosen)
+        return attended
+
+    def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:
+        compat.custom_ops().cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=views.keys,
+            value_cache=views.values,
+            output=output,
+            query_start_loc=metadata.query_start_loc,
+            seq_lens=metadata.seq_lens,
+            scale=self.scale,
+            causal=metadata.causal,
+            alibi_slopes=None,
+            sliding_window=self.sliding_window,
+            block_table=metadata.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=metadata.scheduler_metadata,
+            s_aux=None,
+            dynamic_causal=metadata.dynamic_causal,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )

@@ -1,0 +1,152 @@
+"""Per-request token budgets: what a request may ask for, and which budget each batch slot of this process has.
+
+Knows nothing of vLLM: :mod:`quest_vllm.budget_tap` feeds it, the metadata builders read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quest_vllm.config import MAX_TOKEN_BUDGET, QuestConfig, load_config
+from quest_vllm.errors import QuestValueError
+
+XARG = "quest_token_budget"
+"""Key of a request's budget in ``vllm_xargs`` (HTTP) and ``SamplingParams.extra_args`` (Python)."""
+
+
+class _Absent:
+    """Stands for "the request named no budget"; None is a value, and a bad one."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+def parse_token_budget(value: object, *, minimum: int, maximum: int, default: int) -> int:
+    """The budget that a request asked for, in tokens; 0 is dense.
+
+    ``value`` is :data:`ABSENT` (gives ``default``), 0, or an int in [``minimum``, ``maximum``]. Anything else, bools,
+    numeric strings and whole floats included, raises :class:`QuestValueError` naming field, range and value.
+    """
+    if value is ABSENT:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or minimum <= value <= maximum):
+        return value
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    legal = f"an integer from {minimum} to {maximum} (tokens)" if minimum <= maximum else f"only 0 at {maximum} tokens"
+    raise QuestValueError(f"{XARG}: expected 0 (dense) or {legal}, got {shown}")
+
+
+def clamp_token_budget(value: object, *, minimum: int, default: int) -> int:
+    """As :func:`parse_token_budget`, for a worker: never raises. ``value`` may have skipped validation.
+
+    An int below 0 is dense, one below ``minimum`` is raised to it, one beyond int32 is lowered; what is no int gets
+    ``default``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        return default
+    return 0 if value <= 0 else min(max(value, minimum), MAX_TOKEN_BUDGET)
+
+
+@dataclass(frozen=True)
+class BudgetLimits:
+    """The range that this process validates against: ``config``'s minimum to ``max_model_len`` tokens."""
+
+    config: QuestConfig
+    max_model_len: int
+
+    def parse(self, value: object) -> int:
+        """:func:`parse_token_budget` with these limits."""
+        return parse_token_budget(
+            value,
+            minimum=self.config.min_token_budget,
+            maximum=self.max_model_len,
+            default=self.config.token_budget,
+        )
+
+
+_limits: BudgetLimits | None = None
+
+
+def set_budget_limits(config: QuestConfig, max_model_len: int) -> None:
+    """Say what this process validates against. Called where a VllmConfig is first at hand (stat logger, worker)."""
+    global _limits
+    _limits = BudgetLimits(config, max_model_len)
+
+
+def get_budget_limits() -> BudgetLimits:
+    """The limits of this process.
+
+    Before :func:`set_budget_limits` (offline ``LLM``: nothing hands a plugin the VllmConfig in that process), those of
+    files and environment, with int32's end for max_model_len; the worker clamps.
+    """
+    if _limits is None:
+        return BudgetLimits(load_config(None), MAX_TOKEN_BUDGET)
+    return _limits
+
+
+class BudgetTable:
+    """Token budget of each batch slot. int32, grows on demand, one per process.
+
+    A slot is vLLM's persistent batch row (model runner V1) or request state index (V2). An empty slot reads 0: dense.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._budgets: npt.NDArray[np.int32] = np.zeros(max(1, capacity), dtype=np.int32)
+
+    def set(self, slot: int, budget: int) -> None:
+        """Give ``slot`` a budget in tokens (0: dense), whatever it held before."""
+        self._reserve(slot)
+        self._budgets[slot] = budget
+
+    def clear(self, slot: int) -> None:
+        """Empty ``slot``."""
+        if slot < len(self._budgets):
+            self._budgets[slot] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Move ``source``'s budget to ``target`` and empty ``source``."""
+        if source != target:
+            self._reserve(max(source, target))
+            self._budgets[target] = self._budgets[source]
+            self._budgets[source] = 0
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two slots' budgets."""
+        self._reserve(max(first, second))
+        budgets = self._budgets
+        budgets[first], budgets[second] = int(budgets[second]), int(budgets[first])
+
+    def rows(self, num_reqs: int, req_idx: npt.NDArray[np.integer] | None = None) -> npt.NDArray[np.int32]:
+        """Budgets of a batch's rows, ``[num_reqs]`` int32, a copy; 0 is dense.
+
+        ``req_idx`` ``[>= num_reqs]``: the slot of each row (negative: no request, dense); None: row r is slot r.
+        """
+        if req_idx is None:
+            self._reserve(num_reqs - 1)
+            return self._budgets[:num_reqs].copy()
+        slots = np.asarray(req_idx[:num_reqs])
+        if not len(slots):
+            return np.zeros(0, dtype=np.int32)
+        self._reserve(int(slots.max()))
+        return np.where(slots >= 0, self._budgets[np.maximum(slots, 0)], np.int32(0))
+
+    def _reserve(self, slot: int) -> None:
+        if slot >= len(self._budgets):
+            grown = np.zeros(max(slot + 1, 2 * len(self._budgets)), dtype=np.int32)
+            grown[: len(self._budgets)] = self._budgets
+            self._budgets = grown
+
+
+_table = BudgetTable()
+
+
+def get_budget_table() -> BudgetTable:
+    """This process's table."""
+    return _table

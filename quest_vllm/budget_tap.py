@@ -1,0 +1,88 @@
+"""The logits processor that carries each request's token budget into the worker, and changes no logits.
+
+Entry point ``vllm.logits_processors``: vLLM validates a request's parameters with it in the API process, and tells it
+in the worker which request has which batch slot. One class serves both model runners: V1 calls ``update_state`` in
+every step in which the batch changed (also for an all-greedy batch: argmax-invariant processors are skipped in
+sampling, not in bookkeeping) before the attention metadata is built; V2 calls ``add_request``.
+
+Limits: V1 drops entry-point processors under speculative decoding; V2 with pipeline parallelism calls them on the
+last rank only. Rows without a recorded budget run dense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quest_vllm.budget import (
+    ABSENT,
+    XARG,
+    clamp_token_budget,
+    get_budget_limits,
+    get_budget_table,
+    set_budget_limits,
+)
+from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
+from quest_vllm.config import load_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from quest_vllm.compat_logits import BatchUpdate
+
+
+def requested_budget(sampling_params: Any) -> object:
+    """What ``sampling_params`` asks for, unchecked; :data:`~quest_vllm.budget.ABSENT` without the key."""
+    extra = getattr(sampling_params, "extra_args", None)
+    return extra.get(XARG, ABSENT) if extra else ABSENT
+
+
+class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the bases' signatures differ
+    """Keeps this process's :class:`~quest_vllm.budget.BudgetTable` in step with the batch."""
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        """Called as ``(vllm_config, device, is_pin_memory)`` by V1 and ``(vllm_config, req_states)`` by V2."""
+        additional = getattr(vllm_config, "additional_config", None)
+        self._config = load_config(additional if isinstance(additional, dict) else None)
+        set_budget_limits(self._config, vllm_config.model_config.max_model_len)
+        self._table = get_budget_table()
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise :class:`~quest_vllm.errors.QuestValueError` for a bad budget; vLLM answers HTTP 400."""
+        requested = requested_budget(sampling_params)
+        if requested is not ABSENT:
+            get_budget_limits().parse(requested)
+
+    def is_argmax_invariant(self) -> bool:
+        """True: V1 then skips :meth:`apply` for greedy batches."""
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """V1: apply one step's removed, added and moved rows, in that order."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._table.clear(row)
+        for row, params, *_ in batch_update.added:
+            self._table.set(row, self._budget(params))
+        for first, second, direction in batch_update.moved:
+            if direction == MoveDirectionality.SWAP:
+                self._table.swap(first, second)
+            else:
+                self._table.move(first, second)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """V2: a request takes slot ``req_idx``. False: its logits stay as they are."""
+        self._table.set(req_idx, self._budget(sampling_params))
+        return False
+
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """``logits``, untouched."""
+        return logits
+
+    def _budget(self, sampling_params: Any) -> int:
+        requested = requested_budget(sampling_params)
+        config = self._config
+        if requested is ABSENT:
+            return config.token_budget
+        return clamp_token_budget(requested, minimum=config.min_token_budget, default=config.token_budget)

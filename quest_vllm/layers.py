@@ -1,0 +1,62 @@
+"""Which layers are sparse, and the start-up checks that need the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from quest_vllm import compat
+from quest_vllm.config import QuestConfig
+from quest_vllm.runtime import active_config, activate
+
+logger = logging.getLogger("vllm.quest_vllm")
+
+
+def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: list[str] | None = None) -> QuestConfig:
+    """Read the configuration; with a spec and layer names, check them and report the cost once.
+
+    Raises :class:`~quest_vllm.compat.UnsupportedVllm` where a block does not hold a whole number of pages.
+    """
+    config = activate(vllm_config) if vllm_config is not None else active_config()
+    if kv_cache_spec is not None and layer_names is not None:
+        _check_block_size(kv_cache_spec.block_size, config.page_size)
+        _report(config, layer_names, kv_cache_spec)
+    return config
+
+
+def _check_block_size(block_size: int, page_size: int) -> None:
+    if block_size % page_size:
+        raise compat.UnsupportedVllm(
+            f"page_size: a KV block must hold a whole number of pages, got block size {block_size} with page_size "
+            f"{page_size}; set page_size to a divisor (16, 32 or 64) or --block-size to a multiple"
+        )
+
+
+def _report(config: QuestConfig, layer_names: list[str], spec: Any) -> None:
+    dense = sum(compat.layer_index(name) in config.dense_layers for name in layer_names)
+    base = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+    logger.info(
+        "quest_vllm: %d attention layers, %d of them dense by dense_layers; page size %d; default token budget %s; "
+        "page summaries add %.2f%% to the KV cache",
+        len(layer_names),
+        dense,
+        config.page_size,
+        config.token_budget or "0 (dense)",
+        100 * (spec.state_content_size_bytes - base) / base,
+    )
+
+
+def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for what a layer asks of attention and the kernels lack."""
+    for feature, value in (("ALiBi slopes", alibi_slopes), ("attention sinks", sinks)):
+        if value is not None:
+            raise compat.UnsupportedVllm(
+                f"quest_vllm does not support {feature}; start without --attention-backend CUSTOM to serve this model"
+            )
+
+
+def is_sparse_layer(layer_name: str, impl: Any, config: QuestConfig) -> bool:
+    """Whether the layer ever selects pages: not in ``dense_layers``, and no sliding window."""
+    window = getattr(impl, "sliding_window", None)
+    windowed = window is not None and window not in (-1, (-1, -1))
+    return not windowed and compat.layer_index(layer_name) not in config.dense_layers

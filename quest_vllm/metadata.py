@@ -1,0 +1,101 @@
+"""Which rows of a step are sparse, and what that saves. Host arithmetic on numpy arrays; no device, no vLLM.
+
+A row is one request of the step. Every dense row has a reason, and every reason is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quest_vllm.config import QuestConfig
+
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RowClasses:
+    """The rows of one step, each in exactly one class.
+
+    ``page_budgets`` and ``num_pages`` are ``[num_reqs]``; a sparse row's page budget is below its number of pages.
+    The masks are ``[num_reqs]`` bool.
+    """
+
+    sparse: BoolArray
+    page_budgets: IntArray
+    num_pages: IntArray
+    dense_reasons: dict[str, BoolArray]
+
+    def counts(self) -> Iterator[tuple[str, str, int]]:
+        """Yield ``(path, reason, rows)`` for every class that has a row."""
+        if self.sparse.any():
+            yield "sparse", "budget", int(self.sparse.sum())
+        for reason, rows in self.dense_reasons.items():
+            if rows.any():
+                yield "dense", reason, int(rows.sum())
+
+
+def classify_rows(
+    query_lens: IntArray,
+    seq_lens: IntArray,
+    is_prefilling: BoolArray,
+    token_budgets: IntArray,
+    config: QuestConfig,
+) -> RowClasses:
+    """Sort the rows of a step. All arguments are ``[num_reqs]``; a token budget of 0 means dense.
+
+    A budget below the forced pages is raised to them here: the API refuses it, but a worker never fails on it.
+    """
+    page_size = config.page_size
+    num_pages = -(-seq_lens // page_size)
+    wanted = np.maximum(token_budgets, config.min_token_budget)
+    page_budgets = -(-wanted // page_size)
+    decode = (query_lens == 1) & ~is_prefilling
+    speculative = (query_lens > 1) & ~is_prefilling
+    covered = page_budgets >= num_pages
+    sparse = decode & (token_budgets > 0) & ~covered
+    return RowClasses(
+        sparse=sparse,
+        page_budgets=page_budgets.astype(np.int32),
+        num_pages=num_pages.astype(np.int32),
+        dense_reasons={
+            "prefill": is_prefilling & (query_lens > 0),
+            "speculative": speculative,
+            "no_budget": decode & (token_budgets <= 0),
+            "budget_covers_context": decode & (token_budgets > 0) & covered,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """Pages and KV bytes of the decode rows of one step, in one KV head of one layer.
+
+    ``pages_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a page summary is as
+    large as one such pair) over all decode rows.
+    """
+
+    pages_selected: int
+    pages_available: int
+    vectors_read: int
+    vectors_dense: int
+
+
+def measure_traffic(rows: RowClasses, seq_lens: IntArray, page_size: int) -> StepTraffic:
+    """Count what the step's decode rows read: DESIGN's byte model, exact to the last partial page."""
+    sparse, covered = rows.sparse, rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
+    selected, available = rows.page_budgets[sparse].astype(np.int64), rows.num_pages[sparse].astype(np.int64)
+    lengths = seq_lens[sparse].astype(np.int64)
+    # the newest page is always selected, and it alone may be partial
+    missing = available * page_size - lengths
+    dense_rows = int(seq_lens[covered].sum(dtype=np.int64))
+    return StepTraffic(
+        pages_selected=int(selected.sum()),
+        pages_available=int(available.sum()),
+        vectors_read=int((selected * page_size - missing + available).sum()) + dense_rows,
+        vectors_dense=int(lengths.sum()) + dense_rows,
+    )

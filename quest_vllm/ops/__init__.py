@@ -1,0 +1,1 @@
+"""The four operations of Quest decoding; call them through :mod:`quest_vllm.ops.api`."""

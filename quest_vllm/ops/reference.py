@@ -1,0 +1,208 @@
+"""Eager PyTorch reference of the four operations: it defines what is correct.
+
+Knows tensors only: nothing of vLLM, of devices or of speed. Every kernel is tested against it, and it is tested
+against dense attention. Arithmetic is float32 whatever the inputs' dtype (float64 stays float64).
+
+Shapes used throughout:
+
+    key_cache, value_cache  [num_blocks, num_kv_heads, block_size, head_dim]
+    summaries               [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]   k_min at 0, k_max at 1
+    block_table             [num_reqs, max_blocks] int32
+    seq_lens, page_budgets  [num_reqs] int32
+    page_scores             [num_reqs, num_score_heads, max_pages] float32
+    selected_pages          [num_reqs, num_score_heads, max_page_budget] int32, ascending, -1 padded
+
+``num_score_heads`` is ``num_kv_heads``, or ``num_q_heads`` where pages are chosen per query head.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP_REDUCTIONS = ("max", "mean", "per_query_head")
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def num_pages(seq_lens: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Pages that hold at least one token, for each request: ``ceil(seq_len / page_size)``."""
+    return (seq_lens + page_size - 1) // page_size
+
+
+def page_table(block_table: torch.Tensor, pages_per_block: int) -> torch.Tensor:
+    """Turn block ids into global page ids.
+
+    Returns ``[num_reqs, max_blocks * pages_per_block]``; global page ``g`` is page ``g % pages_per_block`` of block
+    ``g // pages_per_block``.
+    """
+    sub_pages = torch.arange(pages_per_block, device=block_table.device)
+    return (block_table.long()[:, :, None] * pages_per_block + sub_pages).flatten(1)
+
+
+def update_page_summaries(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+) -> None:
+    """Recompute, in place, the min/max of every page that ``slot_mapping`` wrote to.
+
+    ``slot_mapping`` is ``[num_tokens] int64``; negative slots are padding. A page's summary covers its rows from 0 to
+    the last row written in this call, read back from the cache: the stale summary of a reused block is never merged,
+    so the update is idempotent, and right for chunked prefill and copied partial blocks. Quest, section 3.3.
+    """
+    block_size = key_cache.shape[2]
+    slots = slot_mapping[slot_mapping >= 0]
+    last_written: dict[int, int] = {}
+    for slot in slots.tolist():
+        page = slot // page_size
+        last_written[page] = max(last_written.get(page, 0), slot % page_size)
+    pages_per_block = block_size // page_size
+    for page, last in last_written.items():
+        block, sub_page = divmod(page, pages_per_block)
+        first_row = sub_page * page_size
+        rows = key_cache[block, :, first_row : first_row + last + 1]
+        summaries[block, :, sub_page, 0] = rows.amin(dim=1)
+        summaries[block, :, sub_page, 1] = rows.amax(dim=1)
+
+
+def score_pages(
+    query: torch.Tensor,
+    summaries: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    group_reduction: str = "max",
+) -> torch.Tensor:
+    """Bound ``q.k`` over every key of each page.
+
+    ``query`` is ``[num_reqs, num_q_heads, head_dim]``. The bound of a page is
+    ``sum_d max(q_d * k_min_d, q_d * k_max_d) = relu(q).k_max + min(q, 0).k_min`` (Quest, algorithm 1); a GQA group's
+    bounds are reduced by ``group_reduction`` ("max", "mean", or "per_query_head": not at all). Pages past the end of a
+    request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32.
+    """
+    num_reqs, num_q_heads, head_dim = query.shape
+    _, num_kv_heads, pages_per_block, _, _ = summaries.shape
+    group = num_q_heads // num_kv_heads
+    pages = page_table(block_table, pages_per_block)
+    valid = torch.arange(pages.shape[1], device=query.device) < num_pages(seq_lens, page_size)[:, None]
+    flat = summaries.transpose(1, 2).flatten(0, 1)  # [global pages, num_kv_heads, 2, head_dim]
+    rows = _wide(flat[torch.where(valid, pages, 0)])  # [num_reqs, max_pages, num_kv_heads, 2, head_dim]
+    q = _wide(query).view(num_reqs, num_kv_heads, group, head_dim)
+    bound = torch.einsum("rhgd,rphd->rhgp", q.clamp(max=0), rows[..., 0, :])
+    bound = bound + torch.einsum("rhgd,rphd->rhgp", q.clamp(min=0), rows[..., 1, :])
+    if group_reduction == "max":
+        scores = bound.amax(dim=2)
+    elif group_reduction == "mean":
+        scores = bound.mean(dim=2)
+    elif group_reduction == "per_query_head":
+        scores = bound.flatten(1, 2)
+    else:
+        raise ValueError(f"group_reduction: expected one of {GROUP_REDUCTIONS}, got {group_reduction!r}")
+    return scores.masked_fill(~valid[:, None, :], float("-inf")).float()
+
+
+def select_pages(
+    page_scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    max_page_budget: int,
+) -> torch.Tensor:
+    """Choose the ``min(page_budget, pages)`` best pages of each row; sink and recent pages are always among them.
+
+    Forced pages count inside the budget; a budget smaller than their number keeps the newest pages first, then the
+    sinks. Equal scores go to the lower page index; NaN ranks as +inf. Returns
+    ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded.
+    """
+    num_reqs, num_heads, max_pages = page_scores.shape
+    device = page_scores.device
+    total = num_pages(seq_lens, page_size).long()[:, None]  # [num_reqs, 1]
+    index = torch.arange(max_pages, device=device)[None, :]
+    recent = (index >= total - recent_pages) & (index < total)
+    sink = (index < sink_pages) & (index < total)
+    # rank order: recent (newest first), sink (oldest first), then by score
+    tier = torch.where(recent, 2, torch.where(sink, 1, 0))
+    tier = tier.masked_fill(index >= total, -1)[:, None, :].expand(-1, num_heads, -1)
+    scores = page_scores.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    scores = torch.where(tier == 2, index[None].to(scores.dtype), scores.masked_fill(tier == 1, 0.0))
+    by_score = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    by_tier = torch.sort(tier.gather(-1, by_score), dim=-1, descending=True, stable=True).indices
+    ranked = by_score.gather(-1, by_tier)[..., :max_page_budget]
+    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)
+    kept = torch.arange(ranked.shape[-1], device=device)[None, None, :] < take[:, :, None]
+    ascending = torch.where(kept, ranked, max_pages).sort(dim=-1).values
+    selected = torch.full((num_reqs, num_heads, max_page_budget), -1, dtype=torch.int32, device=device)
+    selected[..., : ranked.shape[-1]] = torch.where(ascending < max_pages, ascending, -1).int()
+    return selected
+
+
+def sparse_paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    selected_pages: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attend to the selected pages only.
+
+    ``query`` is ``[num_reqs, num_q_heads, head_dim]``; entries of ``selected_pages`` below 0 are skipped and tokens at
+    or past ``seq_len`` masked. A row with no token gives zeros. Returns the query's shape and dtype.
+    """
+    num_reqs, num_q_heads, head_dim = query.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    group = num_q_heads // num_kv_heads
+    output = torch.zeros_like(query)
+    for row in range(num_reqs):
+        length = int(seq_lens[row])
+        for head in range(num_q_heads):
+            kv_head = head // group
+            select_head = head if selected_pages.shape[1] == num_q_heads else kv_head
+            pages = selected_pages[row, select_head].long()
+            pages = pages[pages >= 0]
+            tokens = (pages[:, None] * page_size + torch.arange(page_size, device=query.device)).flatten()
+            tokens = tokens[tokens < length]
+            if tokens.numel() == 0:
+                continue
+            block = block_table[row].long()[tokens // block_size]
+            keys = _wide(key_cache[block, kv_head, tokens % block_size])
+            values = _wide(value_cache[block, kv_head, tokens % block_size])
+            logits = keys @ _wide(query[row, head]) * scale
+            if softcap > 0:
+                logits = softcap * torch.tanh(logits / softcap)
+            output[row, head] = (torch.softmax(logits, dim=0) @ values).to(query.dtype)
+    return output
+
+
+def dense_paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attend to every token: what a budget that covers the context must reproduce. Same shapes as above."""
+    num_reqs, block_size, max_blocks = query.shape[0], key_cache.shape[2], block_table.shape[1]
+    every_page = torch.arange(max_blocks, dtype=torch.int32, device=query.device)
+    return sparse_paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        every_page.expand(num_reqs, key_cache.shape[1], max_blocks),
+        page_size=block_size,
+        scale=scale,
+        softcap=softcap,
+    )

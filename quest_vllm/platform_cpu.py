@@ -1,0 +1,46 @@
+"""vLLM's CPU platform, except that it honours ``--attention-backend CUSTOM``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from quest_vllm import compat
+from quest_vllm.plugin import CPU_BACKEND
+
+logger = logging.getLogger("vllm.quest_vllm")
+_announced: set[str] = set()
+
+
+def announce_once(message: str) -> None:
+    """Log ``message`` at INFO, once in this process."""
+    if message not in _announced:
+        _announced.add(message)
+        logger.info("quest_vllm: %s", message)
+
+
+class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignore[misc]
+    """The stock CPU platform plus one choice of backend."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """Return our backend for CUSTOM, the stock choice for anything else and for MLA layers.
+
+        Raises :class:`~quest_vllm.compat.UnsupportedVllm` naming every feature that our backend does not support.
+        """
+        if selected_backend is None or selected_backend.name != "CUSTOM":
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        if attn_selector_config.use_mla:
+            announce_once("MLA layers stay dense on vLLM's own backend")
+            return super().get_attn_backend_cls(None, attn_selector_config, num_heads)
+        from quest_vllm.backend_cpu import QuestCpuBackend
+
+        reasons = QuestCpuBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise compat.UnsupportedVllm(
+                f"quest_vllm cannot serve this model: {'; '.join(reasons)}. Switch the feature off, or start without "
+                "--attention-backend CUSTOM to serve it densely"
+            )
+        return CPU_BACKEND

@@ -1,0 +1,129 @@
+"""Sparse decode inside a real vLLM engine, with a real model, in this process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quest_vllm.audit import AuditReport, audit_summaries
+
+pytestmark = pytest.mark.engine
+
+MAX_MODEL_LEN = 4096
+
+
+@pytest.fixture(scope="module")
+def llm(model_path: Path, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An engine whose KV cache holds about two long requests, so that load preempts."""
+    monkeypatch_module.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch_module.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    engine = LLM(
+        model=str(model_path),
+        attention_backend="CUSTOM",
+        enforce_eager=True,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        block_size=32,
+        num_gpu_blocks_override=200,
+        enable_prefix_caching=True,
+        seed=0,
+    )
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def params(budget: int | None, max_tokens: int = 16, **kwargs: Any) -> Any:
+    from vllm import SamplingParams
+
+    extra = None if budget is None else {"quest_token_budget": budget}
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra, **kwargs)
+
+
+def passkey_prompt(key: int, filler_lines: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    nouns = ("river", "garden", "engine", "letter", "window", "market")
+    lines = [
+        f"Line {i}: the {rng.choice(nouns)} near the {rng.choice(nouns)} was quiet today." for i in range(filler_lines)
+    ]
+    lines.insert(filler_lines // 3, f"The pass key is {key}. Remember it. {key} is the pass key.")
+    return "\n".join(lines) + "\nWhat is the pass key? The pass key is"
+
+
+def audit(llm: Any) -> AuditReport:
+    (report,) = llm.collective_rpc(audit_summaries)
+    assert report.layers == 30
+    assert not report.errors, report.errors[:5]
+    return report
+
+
+def first_logprobs(output: Any) -> list[dict[int, float]]:
+    return [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
+
+
+def test_passkey_is_found_at_a_budget_that_should_find_it(llm: Any) -> None:
+    prompt = passkey_prompt(48213, 70)
+    dense, sparse = llm.generate([prompt, prompt], [params(0, 8), params(512, 8)], use_tqdm=False)
+    assert len(dense.prompt_token_ids) > 1200
+    assert "48213" in dense.outputs[0].text
+    assert "48213" in sparse.outputs[0].text
+
+
+def test_budget_that_covers_the_context_equals_dense(llm: Any) -> None:
+    prompt = passkey_prompt(7, 40)
+    outputs = llm.generate(
+        [prompt, prompt], [params(0, 4, logprobs=5), params(MAX_MODEL_LEN, 4, logprobs=5)], use_tqdm=False
+    )
+    dense, covered = map(first_logprobs, outputs)
+    # both rows take the same dense kernel; what is left is bf16 noise between batch positions
+    for step_a, step_b in zip(dense, covered, strict=True):
+        for token in step_a.keys() & step_b.keys():
+            assert abs(step_a[token] - step_b[token]) < 0.1
+
+
+def test_rows_of_different_budgets_equal_their_solo_runs(llm: Any) -> None:
+    prompts = [passkey_prompt(11111, 60, seed=1), passkey_prompt(22222, 50, seed=2)]
+    budgets = [128, 512]
+    together = llm.generate(prompts, [params(b, 4, logprobs=5) for b in budgets], use_tqdm=False)
+    for prompt, budget, batched in zip(prompts, budgets, together, strict=True):
+        (alone,) = llm.generate([prompt], [params(budget, 4, logprobs=5)], use_tqdm=False)
+        for step_a, step_b in zip(first_logprobs(alone), first_logprobs(batched), strict=True):
+            for token in step_a.keys() & step_b.keys():
+                assert abs(step_a[token] - step_b[token]) < 0.1
+
+
+def test_summaries_survive_mixed_load(llm: Any) -> None:
+    """Prefix hits, chunked prefill, preemption, n>1, aborts and budgets that swap between reused rows."""
+    from vllm import SamplingParams
+
+    rng = random.Random(3)
+    engine = llm.llm_engine
+    shared = passkey_prompt(9, 60, seed=9)
+    for number in range(14):
+        text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 110), seed=number)
+        sampling = SamplingParams(
+            temperature=0.8,
+            seed=number,
+            max_tokens=rng.randint(4, 40),
+            ignore_eos=True,
+            n=2 if number % 5 == 0 else 1,
+            extra_args={"quest_token_budget": rng.choice([0, 64, 128, 512, MAX_MODEL_LEN])},
+        )
+        engine.add_request(f"load-{number}", text, sampling)
+    steps, live_checked = 0, 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        steps += 1
+        if steps == 12:
+            engine.abort_request(["load-3"])
+        if steps % 40 == 0:
+            live_checked += audit(llm).live_pages_checked
+    assert steps > 40
+    assert live_checked > 0
+    assert audit(llm).pages_checked > 1000
