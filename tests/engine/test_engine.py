@@ -68,34 +68,46 @@ def first_logprobs(output: Any) -> list[dict[int, float]]:
 
 
 def test_passkey_is_found_at_a_budget_that_should_find_it(llm: Any) -> None:
-    prompt = passkey_prompt(48213, 70)
+    prompt = passkey_prompt(48213, 90)
     dense, sparse = llm.generate([prompt, prompt], [params(0, 8), params(512, 8)], use_tqdm=False)
     assert len(dense.prompt_token_ids) > 1200
     assert "48213" in dense.outputs[0].text
     assert "48213" in sparse.outputs[0].text
 
 
+def largest_difference(first: Any, second: Any) -> float:
+    """Largest difference of the log-probabilities that two runs share, over the steps before their texts part."""
+    found = 0.0
+    for step_a, step_b in zip(first_logprobs(first), first_logprobs(second), strict=True):
+        shared = step_a.keys() & step_b.keys()
+        found = max([found, *(abs(step_a[token] - step_b[token]) for token in shared)])
+        if max(step_a, key=step_a.__getitem__) != max(step_b, key=step_b.__getitem__):
+            break
+    return found
+
+
+def alone_against_batched(llm: Any, prompts: list[str], budgets: list[int]) -> float:
+    """How far the rows of one batch are from their solo runs."""
+    together = llm.generate(prompts, [params(b, 4, logprobs=5) for b in budgets], use_tqdm=False)
+    solo = [
+        llm.generate([prompt], [params(budget, 4, logprobs=5)], use_tqdm=False)[0]
+        for prompt, budget in zip(prompts, budgets, strict=True)
+    ]
+    return max(largest_difference(a, b) for a, b in zip(solo, together, strict=True))
+
+
 def test_budget_that_covers_the_context_equals_dense(llm: Any) -> None:
     prompt = passkey_prompt(7, 40)
-    outputs = llm.generate(
-        [prompt, prompt], [params(0, 4, logprobs=5), params(MAX_MODEL_LEN, 4, logprobs=5)], use_tqdm=False
-    )
-    dense, covered = map(first_logprobs, outputs)
-    # both rows take the same dense kernel; what is left is bf16 noise between batch positions
-    for step_a, step_b in zip(dense, covered, strict=True):
-        for token in step_a.keys() & step_b.keys():
-            assert abs(step_a[token] - step_b[token]) < 0.1
+    sampling = [params(budget, 4, logprobs=5) for budget in (0, 0, MAX_MODEL_LEN)]
+    dense, again, covered = llm.generate([prompt] * 3, sampling, use_tqdm=False)
+    # the same kernel serves all three rows: two dense ones show how much the batch position alone changes
+    assert largest_difference(dense, covered) <= 2 * max(largest_difference(dense, again), 0.02)
 
 
 def test_rows_of_different_budgets_equal_their_solo_runs(llm: Any) -> None:
     prompts = [passkey_prompt(11111, 60, seed=1), passkey_prompt(22222, 50, seed=2)]
-    budgets = [128, 512]
-    together = llm.generate(prompts, [params(b, 4, logprobs=5) for b in budgets], use_tqdm=False)
-    for prompt, budget, batched in zip(prompts, budgets, together, strict=True):
-        (alone,) = llm.generate([prompt], [params(budget, 4, logprobs=5)], use_tqdm=False)
-        for step_a, step_b in zip(first_logprobs(alone), first_logprobs(batched), strict=True):
-            for token in step_a.keys() & step_b.keys():
-                assert abs(step_a[token] - step_b[token]) < 0.1
+    noise = alone_against_batched(llm, prompts, [0, 0])  # bf16 noise of the stock kernels between batch shapes
+    assert alone_against_batched(llm, prompts, [128, 512]) <= 3 * max(noise, 0.05)
 
 
 def test_summaries_survive_mixed_load(llm: Any) -> None:
@@ -109,7 +121,6 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
         text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 110), seed=number)
         sampling = SamplingParams(
             temperature=0.8,
-            seed=number,
             max_tokens=rng.randint(4, 40),
             ignore_eos=True,
             n=2 if number % 5 == 0 else 1,
