@@ -2,8 +2,8 @@
 
 usage: bench_served.py MODEL [--context 7000] [--budget 512] [--requests 4] [--repeats 2] [--output FILE.json]
 
-Starts one server at a time on this machine, stock and ours in turn, ``--repeats`` times each; every round sends the same
-prompts at once and streams the answers. The time per output token of a request is (last token - first token) /
+Starts one server at a time on this machine, stock and ours in turn, ``--repeats`` times each; every round sends the
+same prompts at once and streams the answers. The time per output token of a request is (last token - first token) /
 (tokens - 1), so prefill is not in it; time to first token is reported beside it.
 """
 

@@ -36,7 +36,7 @@ def requested_budget(sampling_params: Any) -> object:
     return extra.get(XARG, ABSENT) if extra else ABSENT
 
 
-class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the bases' signatures differ
+class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
     """Keeps this process's :class:`~quest_vllm.budget.BudgetTable` in step with the batch."""
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:

@@ -1,11 +1,11 @@
-"""The seam to vLLM: every private or temporary path of vLLM that the plugin needs is imported here, and nowhere else.
+"""The seam to vLLM: every private or temporary path of vLLM that the plugin needs is imported here.
 
-(`compat_logits.py` holds the logits-processor bases; a class statement needs them at import.) Imports are lazy, so that
-importing quest_vllm neither imports vLLM nor touches a device.
+(`compat_logits.py` and `compat_metrics.py` hold bases that a class statement needs at import.) Imports are lazy, so
+that importing quest_vllm neither imports vLLM nor touches a device.
 
 | what | why it may move | when the workaround can go |
 |---|---|---|
-| ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends build their own spec |
+| ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends own their spec |
 | ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
 | ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
 """

@@ -118,6 +118,7 @@ def _mapping(source: str, value: object) -> Mapping[str, Any]:
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Mapping[str, Any]:
+    _check_variables(environ)
     layer: dict[str, Any] = {}
     for field in fields(QuestConfig):
         name = ENV_PREFIX + field.name.upper()
@@ -125,6 +126,16 @@ def _environment_layer(environ: Mapping[str, str]) -> Mapping[str, Any]:
         if text is not None and text != "":
             layer[field.name] = _from_text(name, text, field.name)
     return layer
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """Refuse a near miss of one of our variables; other QUEST_ variables may be anyone's."""
+    known = [ENV_CONFIG, *(ENV_PREFIX + field.name.upper() for field in fields(QuestConfig))]
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                raise QuestConfigError(f"environment: unknown variable {name}; did you mean {near[0]}?")
 
 
 def _from_text(name: str, text: str, key: str) -> object:

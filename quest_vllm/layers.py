@@ -7,7 +7,7 @@ from typing import Any
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
-from quest_vllm.runtime import active_config, activate
+from quest_vllm.runtime import activate, active_config
 
 logger = logging.getLogger("vllm.quest_vllm")
 

@@ -7,6 +7,7 @@ detects its platform.
 from __future__ import annotations
 
 from quest_vllm import compat
+from quest_vllm.metrics_files import ensure_metrics_dir
 
 CPU_BACKEND = "quest_vllm.backend_cpu.QuestCpuBackend"
 CUDA_BACKEND = "quest_vllm.backend_cuda.QuestCudaBackend"
@@ -14,12 +15,13 @@ CPU_PLATFORM = "quest_vllm.platform_cpu.QuestCpuPlatform"
 
 
 def register() -> None:
-    """Claim vLLM's CUSTOM attention backend (entry point ``vllm.general_plugins``).
+    """Claim vLLM's CUSTOM attention backend and name the metrics directory (entry point ``vllm.general_plugins``).
 
     Raises :class:`~quest_vllm.compat.UnsupportedVllm` for an unsupported vLLM version, and where another plugin holds
     CUSTOM already.
     """
     compat.check_vllm_version()
+    ensure_metrics_dir()
     registry = compat.backend_registry()
     ours = CPU_BACKEND if compat.is_cpu_platform() else CUDA_BACKEND
     custom = registry.AttentionBackendEnum.CUSTOM

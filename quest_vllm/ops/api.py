@@ -7,6 +7,7 @@ it says so when that is not the fastest kind.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,11 @@ from typing import Any
 
 import torch
 
+from quest_vllm.config import IMPLEMENTATIONS
 from quest_vllm.errors import QuestError
 from quest_vllm.ops import packed, reference, torch_ops
 
 logger = logging.getLogger("vllm.quest_vllm")
-
-IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
 
 class ImplementationUnavailable(QuestError):
@@ -75,14 +75,11 @@ def _cpu(kv_format: str) -> Ops:
 
 
 def _triton() -> Ops:
-    from quest_vllm.ops import triton as triton_ops
-
-    return _from_module("triton", triton_ops)
+    return _from_module("triton", importlib.import_module("quest_vllm.ops.triton"))
 
 
 def _cuda() -> Ops:
-    from quest_vllm.ops import cuda
-
+    cuda = importlib.import_module("quest_vllm.ops.cuda")
     cuda.load()
     return _from_module("cuda", cuda)
 

@@ -157,7 +157,7 @@ def sparse_paged_attention(
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; entries of ``selected_pages`` below 0 are skipped and tokens at
     or past ``seq_len`` masked. A row with no token gives zeros. Returns the query's shape and dtype.
     """
-    num_reqs, num_q_heads, head_dim = query.shape
+    num_reqs, num_q_heads, _ = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     group = num_q_heads // num_kv_heads
     output = torch.zeros_like(query)

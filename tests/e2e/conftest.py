@@ -1,0 +1,101 @@
+"""A real server in a subprocess."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+MODEL_NAME = "smol"
+START_UP_SECONDS = 240
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def client(self) -> OpenAI:
+        """An OpenAI client that does not retry."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=200)
+
+    def metrics(self) -> dict[str, float]:
+        """Every ``quest_`` sample of /metrics, keyed by name and labels as printed."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=20).read().decode()
+        return {name: float(value) for name, value in re.findall(r"^(quest_\S+?(?:\{[^}]*\})?) (\S+)$", text, re.M)}
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def run_server(command: list[str], log: Path) -> Iterator[Server]:
+    """Run ``command`` plus a port until the block ends."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_UP_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{server.url}/health", timeout=2)
+            return
+        time.sleep(0.5)
+    raise RuntimeError("the server did not come up:\n" + server.log.read_text()[-3000:])
+
+
+def serve_flags(model: Path) -> list[str]:
+    """Flags that every test server shares."""
+    flags = f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --max-model-len 8192 --max-num-seqs 32"
+    return [str(model), *flags.split()]
+
+
+def vllm_command(*arguments: str) -> list[str]:
+    """The plain ``vllm`` command of this environment."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+@pytest.fixture(scope="module")
+def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``quest-vllm serve``, shared by a module's tests."""
+    command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path)]
+    with run_server(command, tmp_path_factory.mktemp("server") / "log") as running:
+        yield running

@@ -1,0 +1,131 @@
+"""Server defaults: sources, precedence, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quest_vllm.config import QuestConfig, default_config_path, load_config
+from quest_vllm.errors import QuestConfigError, QuestError
+
+
+def test_default_yaml_is_found_names_every_key_and_agrees_with_the_dataclass() -> None:
+    path = default_config_path()
+    assert path is not None
+    text = path.read_text()
+    loaded = yaml.safe_load(text)
+    assert list(loaded) == list(QuestConfig.__dataclass_fields__)
+    assert load_config(None, {}) == QuestConfig()
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line and not line.startswith("#"):
+            assert lines[number - 1].startswith("#"), f"{line!r} has no comment above it"
+
+
+def test_each_source_overrides_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "quest.yaml"
+    file.write_text("token_budget: 512\npage_size: 32\nsink_pages: 2\n")
+    additional = {"quest": {"token_budget": 1024, "page_size": 64}, "other": {"unknown": 1}}
+    environ = {"QUEST_CONFIG": str(file), "QUEST_TOKEN_BUDGET": "4096", "QUEST_DENSE_LAYERS": "0,3"}
+    config = load_config(additional, environ)
+    assert (config.token_budget, config.page_size, config.sink_pages) == (4096, 64, 2)
+    assert config.dense_layers == (0, 3)
+    assert config.recent_pages == QuestConfig().recent_pages
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("QUEST_TOKEN_BUDGET", "0", ("token_budget", 0)),
+        ("QUEST_PAGE_SIZE", "64", ("page_size", 64)),
+        ("QUEST_SINK_PAGES", "0", ("sink_pages", 0)),
+        ("QUEST_RECENT_PAGES", "1", ("recent_pages", 1)),
+        ("QUEST_DENSE_LAYERS", "[]", ("dense_layers", ())),
+        ("QUEST_GROUP_REDUCTION", "mean", ("group_reduction", "mean")),
+        ("QUEST_IMPLEMENTATION", "reference", ("implementation", "reference")),
+        ("QUEST_METRICS_DIR", "/var/quest", ("metrics_dir", "/var/quest")),
+    ],
+)
+def test_every_key_has_an_environment_variable(name: str, text: str, expected: tuple[str, Any]) -> None:
+    assert getattr(load_config(None, {name: text}), expected[0]) == expected[1]
+
+
+@pytest.mark.parametrize(("key", "near"), [("token_budgets", "token_budget"), ("pagesize", "page_size"), (7, "")])
+def test_unknown_key_names_the_source_and_the_nearest_key(key: Any, near: str) -> None:
+    with pytest.raises(QuestConfigError, match=f"additional-config.*{key}.*did you mean '{near}"):
+        load_config({"quest": {key: 1}}, {})
+
+
+def test_mistyped_environment_variable_is_refused_and_a_stranger_is_not() -> None:
+    with pytest.raises(QuestConfigError, match=r"QUEST_TOKEN_BUDGTE.*QUEST_TOKEN_BUDGET"):
+        load_config(None, {"QUEST_TOKEN_BUDGTE": "512"})
+    assert load_config(None, {"QUEST_PORT": "1"}) == QuestConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("token_budget", True),
+        ("token_budget", "512"),
+        ("token_budget", 512.0),
+        ("token_budget", -1),
+        ("token_budget", 47),
+        ("token_budget", 10**12),
+        ("token_budget", None),
+        ("page_size", 8),
+        ("page_size", 16.0),
+        ("page_size", False),
+        ("sink_pages", -1),
+        ("recent_pages", 0),
+        ("dense_layers", 2),
+        ("dense_layers", [-1]),
+        ("dense_layers", [True]),
+        ("dense_layers", "0,1"),
+        ("group_reduction", "sum"),
+        ("group_reduction", None),
+        ("implementation", "CUDA"),
+        ("metrics_dir", 3),
+    ],
+)
+def test_bad_value_names_key_expectation_and_value(key: str, value: Any) -> None:
+    with pytest.raises(QuestConfigError) as caught:
+        load_config({"quest": {key: value}}, {})
+    message = str(caught.value)
+    assert key in message and "expected" in message and repr(value) in message
+    assert isinstance(caught.value, QuestError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("value", [[], "fast", 3])
+def test_quest_section_must_be_a_mapping(value: Any) -> None:
+    with pytest.raises(QuestConfigError, match="expected a mapping"):
+        load_config({"quest": value}, {})
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [", "\x00"])
+def test_bad_yaml_names_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(QuestConfigError, match=r"broken\.yaml"):
+        load_config(None, {"QUEST_CONFIG": str(file)})
+
+
+def test_missing_named_yaml_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(QuestConfigError, match=r"absent\.yaml"):
+        load_config(None, {"QUEST_CONFIG": str(tmp_path / "absent.yaml")})
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(None, {"QUEST_CONFIG": str(tmp_path / "empty.yaml")}) == QuestConfig()
+
+
+def test_bad_environment_integer_names_the_variable() -> None:
+    with pytest.raises(QuestConfigError, match="QUEST_PAGE_SIZE: expected an integer, got 'big'"):
+        load_config(None, {"QUEST_PAGE_SIZE": "big"})
+
+
+def test_smallest_budget_is_the_forced_pages() -> None:
+    config = QuestConfig(token_budget=96, page_size=32)
+    assert config.min_token_budget == 96
+    with pytest.raises(QuestConfigError, match="at least 192"):
+        QuestConfig(token_budget=96, page_size=64)
