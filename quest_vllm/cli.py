@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import quest_vllm
 
 BACKEND_FLAG = "--attention-backend"
-IMPLEMENTATIONS = ("cpu", "cuda", "triton", "torch", "reference")
 MIDDLEWARE = ["--middleware", "quest_vllm.metrics_http.QuestMiddleware"]
 EPILOG = """\
 examples:
@@ -80,15 +79,16 @@ def serve(arguments: Sequence[str]) -> int:
 
 def _implementations(device: str) -> list[str]:
     """Say of every implementation of the operations whether it runs on ``device``, and if not, why."""
+    from quest_vllm.config import IMPLEMENTATIONS
     from quest_vllm.ops.api import load_ops
 
     lines = []
-    for name in IMPLEMENTATIONS:
+    for name in IMPLEMENTATIONS[1:]:  # the first is auto
         try:
             load_ops(name, device)
             lines.append(f"  {name}: available")
         except Exception as error:  # whatever stops an import is what the user wants to read
-            lines.append(f"  {name}: not here ({error})")
+            lines.append(f"  {name}: not here ({str(error).splitlines()[0]})")
     return lines
 
 

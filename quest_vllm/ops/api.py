@@ -98,6 +98,7 @@ def _auto(device_type: str, kv_format: str) -> Ops:
         return load_ops("torch", device_type, kv_format)
 
 
+@functools.cache  # one build attempt, and one warning, for all layers
 def load_ops(implementation: str, device_type: str, kv_format: str = "rows") -> Ops:
     """Return the operations of ``implementation`` for tensors on ``device_type`` ("cpu" or "cuda").
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MODEL_NAME, run_server, serve_flags, vllm_command
+from tests.e2e.conftest import MODEL_NAME, run_server, serve_flags, server_environment, vllm_command
 from tests.e2e.test_server import prompt_ids, xargs
 
 pytestmark = pytest.mark.server
@@ -32,7 +32,7 @@ def test_plain_vllm_with_two_api_servers(model_path: Path, tmp_path: Path) -> No
 def test_unknown_key_stops_the_start_and_names_the_nearest(model_path: Path) -> None:
     flags = ["--additional-config", '{"quest": {"token_budgt": 512}}']
     command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=server_environment())
     assert done.returncode != 0
     output = done.stdout + done.stderr
     assert "token_budgt" in output and "did you mean 'token_budget'" in output

@@ -1,0 +1,154 @@
+"""Time per output token of a whole model on a GPU: this plugin against FLASH_ATTN, dummy weights, decode CUDA graphs.
+
+usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--output FILE.json]
+
+Each backend runs in a process of its own, on the same GPU, one after the other. A case's time per output token is the
+median duration of an engine step in which every row decodes; its time to first token is that of the first request of
+the case alone, prefix cache off. The case of 256 tokens shows what a long max_model_len costs a short request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# context, batch, budget
+CASES = ((256, 1, 2048), (32768, 1, 2048), (131072, 1, 4096), (32768, 8, 2048), (65536, 4, 2048))
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 140000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def build_engine(arguments: argparse.Namespace, folder: str, backend: str) -> Any:
+    """An in-process engine with dummy weights."""
+    from vllm import LLM
+
+    (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": arguments.layers}))
+    return LLM(
+        model=folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        attention_backend=backend,
+        max_model_len=arguments.max_model_len,
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.9,
+        disable_log_stats=True,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
+    )
+
+
+def run_case(engine: Any, context: int, batch: int, budget: int | None, tokens: int) -> dict[str, float]:
+    """Prefill ``batch`` prompts, then time the steps in which all of them decode. Returns seconds."""
+    from vllm import SamplingParams
+
+    rng = random.Random(context)
+    extra = None if budget is None else {"quest_token_budget": budget}
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+    start, first_token = time.perf_counter(), 0.0
+    for number in range(batch):
+        ids = [rng.randint(10, 120000) for _ in range(context - tokens)]
+        engine.add_request(f"{context}-{batch}-{number}-{start}", {"prompt_token_ids": ids}, sampling)
+    steps: list[float] = []
+    produced: dict[str, int] = {}
+    while engine.has_unfinished_requests():
+        begin = time.perf_counter()
+        outputs = engine.step()
+        took = time.perf_counter() - begin
+        for output in outputs:
+            produced[output.request_id] = len(output.outputs[0].token_ids)
+        if outputs and not first_token:
+            first_token = time.perf_counter() - start
+        if len(produced) == batch and min(produced.values()) > 4 and len(outputs) == batch:
+            steps.append(took)
+    return {"time_per_output_token": statistics.median(steps), "time_to_first_token": first_token, "steps": len(steps)}
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Measure one backend and print a JSON line."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    sparse = arguments.child == "CUSTOM"
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build_engine(arguments, folder, arguments.child).llm_engine
+        run_case(engine, 4096, 1, 512 if sparse else None, 8)
+        for context, batch, budget in CASES:
+            if context > arguments.max_model_len:
+                continue
+            measured = run_case(engine, context, batch, budget if sparse else None, 64)
+            record = {"backend": arguments.child, "context": context, "batch": batch, "budget": budget, **measured}
+            print("CASE " + json.dumps(record), flush=True)
+
+
+def describe() -> dict[str, Any]:
+    """GPU, versions and command of this run."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": __import__("vllm").__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "commit": commit or os.environ.get("QUEST_COMMIT", "unknown"),
+    }
+
+
+def main() -> None:
+    """Run both backends and write one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--max-model-len", type=int, default=133120)
+    parser.add_argument("--child", choices=["CUSTOM", "FLASH_ATTN"], help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    records = []
+    for backend in ("FLASH_ATTN", "CUSTOM"):
+        command = [sys.executable, __file__, "--child", backend, "--layers", str(arguments.layers)]
+        command += ["--max-model-len", str(arguments.max_model_len)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout[-2000:] if done.returncode else "", flush=True)
+        records += [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")]
+    stock = {(r["context"], r["batch"]): r for r in records if r["backend"] == "FLASH_ATTN"}
+    for record in records:
+        base = stock.get((record["context"], record["batch"]))
+        if record["backend"] == "CUSTOM" and base:
+            record["speedup"] = base["time_per_output_token"] / record["time_per_output_token"]
+            record["time_to_first_token_ratio"] = base["time_to_first_token"] / record["time_to_first_token"]
+        print(record, flush=True)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({"benchmark": "gpu_engine", **describe(), "cases": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+// Checks, threading and registration of the operations; the arithmetic is in kernels_impl.h.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace quest {
+namespace {
+
+using at::Tensor;
+
+// The widest kernels this processor runs; QUEST_VLLM_CPU_ISA (generic, avx2, avx512) asks for others, for tests.
+const Kernels& choose_kernels() {
+  const char* wanted = std::getenv("QUEST_VLLM_CPU_ISA");
+  const auto allowed = [&](const Kernels& kernels) { return !wanted || !std::strcmp(wanted, kernels.isa); };
+#ifdef QUEST_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && allowed(kAvx512Kernels)) return kAvx512Kernels;
+  if (avx2 && allowed(kAvx2Kernels)) return kAvx2Kernels;
+#endif
+  TORCH_CHECK(allowed(kGenericKernels), "QUEST_VLLM_CPU_ISA: expected an instruction set of this processor, got ",
+              wanted);
+  return kGenericKernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// Calls fn(task) for every task on the intra-op pool; a free thread takes the next task. `bytes` is about what all
+// tasks read: a thread has to be worth waking.
+template <typename Fn>
+void for_each_task(int64_t tasks, int64_t bytes, const Fn& fn) {
+  constexpr int64_t kBytesPerThread = 256 * 1024;
+  const int64_t threads = std::min<int64_t>({tasks, at::get_num_threads(), 1 + bytes / kBytesPerThread});
+  if (threads <= 1 || at::in_parallel_region()) {
+    for (int64_t task = 0; task < tasks; ++task) fn(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(task);
+  });
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kHalf;
+    default: TORCH_CHECK(false, name, ": expected dtype float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+void check_cpu(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.device().is_cpu(), name, ": expected a tensor on cpu, got ", tensor.device());
+}
+
+void check_dtype(const Tensor& tensor, const char* name, at::ScalarType expected) {
+  TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected dtype ", expected, ", got ", tensor.scalar_type());
+}
+
+void check_dim(const Tensor& tensor, const char* name, int64_t expected) {
+  TORCH_CHECK(tensor.dim() == expected, name, ": expected ", expected, " dimensions, got shape ", tensor.sizes());
+}
+
+void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {
+  TORCH_CHECK(tensor.size(dim) == expected, name, ": expected size ", expected, " at dimension ", dim, ", got shape ",
+              tensor.sizes());
+}
+
+void check_dense_tail(const Tensor& tensor, const char* name, int64_t dims) {
+  int64_t expected = 1;
+  for (int64_t dim = tensor.dim() - 1; dim >= tensor.dim() - dims; --dim) {
+    TORCH_CHECK(tensor.size(dim) == 1 || tensor.stride(dim) == expected, name, ": expected the last ", dims,
+                " dimensions to be contiguous, got shape ", tensor.sizes(), " and strides ", tensor.strides());
+    expected *= tensor.size(dim);
+  }
+}
+
+void check_int32_rows(const Tensor& tensor, const char* name, int64_t rows) {
+  check_cpu(tensor, name);
+  check_dtype(tensor, name, at::kInt);
+  check_dim(tensor, name, 1);
+  check_size(tensor, name, 0, rows);
+}
+
+void check_head_dim(const Tensor& tensor, const char* name) {
+  const int64_t dim = tensor.size(-1);
+  TORCH_CHECK(dim > 0 && dim % kLanes == 0 && dim <= kMaxHeadDim, name, ": expected a head_dim that is a multiple of ",
+              kLanes, " up to ", kMaxHeadDim, ", got ", dim);
+}
+
+void check_page_size(int64_t page_size, int64_t block_size) {
+  TORCH_CHECK(page_size > 0 && page_size % kLanes == 0 && page_size <= kMaxPageSize && block_size % page_size == 0,
+              "page_size: expected a multiple of ", kLanes, " up to ", kMaxPageSize, " that divides block_size ",
+              block_size, ", got ", page_size);
+}
+
+void check_cache(const Tensor& cache, const char* name) {
+  check_cpu(cache, name);
+  check_dim(cache, name, 4);
+  check_head_dim(cache, name);
+  check_dense_tail(cache, name, 2);
+}
+
+void check_summaries(const Tensor& summaries) {
+  check_cpu(summaries, "summaries");
+  check_dim(summaries, "summaries", 5);
+  check_size(summaries, "summaries", 3, 2);
+  check_head_dim(summaries, "summaries");
+  check_dense_tail(summaries, "summaries", 2);
+}
+
+void check_query(const Tensor& query, const Tensor& cache, int64_t num_kv_heads) {
+  check_cpu(query, "query");
+  check_dim(query, "query", 3);
+  check_dtype(query, "query", cache.scalar_type());
+  check_size(query, "query", 2, cache.size(-1));
+  check_dense_tail(query, "query", 1);
+  TORCH_CHECK(num_kv_heads > 0 && query.size(1) % num_kv_heads == 0 && query.size(1) > 0,
+              "query: expected a multiple of num_kv_heads ", num_kv_heads, " at dimension 1, got shape ",
+              query.sizes());
+}
+
+Format parse_format(c10::string_view name, const Tensor& cache) {
+  if (name == "rows") return Format::kRows;
+  // vLLM packs for "amx" only where head_dim is a multiple of 32, and transposes otherwise
+  if (name == "vec" || name == "vec16" || (name == "amx" && cache.size(3) % 32 != 0)) return Format::kTransposed;
+  TORCH_CHECK(name == "amx", "kv_format: expected amx, vec, vec16 or rows, got ", name);
+  TORCH_CHECK(cache.scalar_type() == at::kBFloat16, "kv_format amx: expected dtype BFloat16, got ",
+              cache.scalar_type());
+  TORCH_CHECK(cache.size(2) % kLanes == 0, "kv_format amx: expected a block_size that is a multiple of ", kLanes,
+              ", got ", cache.size(2));
+  return Format::kAmx;
+}
+
+Reduction parse_reduction(c10::string_view name) {
+  if (name == "max") return Reduction::kMax;
+  if (name == "mean") return Reduction::kMean;
+  TORCH_CHECK(name == "per_query_head", "group_reduction: expected max, mean or per_query_head, got ", name);
+  return Reduction::kPerQueryHead;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// seq_lens as a vector; every block that a request of that length uses is checked here, once, so that the kernels
+// read no block outside the cache.
+std::vector<int64_t> checked_lengths(const Tensor& block_table, const Tensor& seq_lens, int64_t num_reqs,
+                                     int64_t block_size, int64_t num_blocks) {
+  check_cpu(block_table, "block_table");
+  check_dtype(block_table, "block_table", at::kInt);
+  check_dim(block_table, "block_table", 2);
+  check_size(block_table, "block_table", 0, num_reqs);
+  check_int32_rows(seq_lens, "seq_lens", num_reqs);
+  std::vector<int64_t> lengths(num_reqs);
+  const int32_t* seq = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int64_t length = lengths[row] = seq[row * seq_lens.stride(0)];
+    TORCH_CHECK(length >= 0 && length <= block_table.size(1) * block_size, "seq_lens[", row, "]: expected 0 to ",
+                block_table.size(1) * block_size, " (the blocks of a row of block_table), got ", length);
+    const int32_t* ids = table + row * block_table.stride(0);
+    for (int64_t i = 0; i < ceil_div(length, block_size); ++i) {
+      const int32_t id = ids[i * block_table.stride(1)];
+      TORCH_CHECK(id >= 0 && id < num_blocks, "block_table[", row, ", ", i, "]: expected a block id from 0 to ",
+                  num_blocks - 1, ", got ", id);
+    }
+  }
+  return lengths;
+}
+
+char* byte_pointer(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
+
+struct TouchedPage {
+  int64_t page, last_row;
+};
+
+// The pages that slot_mapping names, each with the last row written.
+std::vector<TouchedPage> touched_pages(const Tensor& slot_mapping, int64_t num_slots, int64_t page_size) {
+  std::vector<TouchedPage> touched;
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < slot_mapping.size(0); ++i) {
+    const int64_t slot = slots[i * slot_mapping.stride(0)];
+    if (slot < 0) continue;  // padding
+    TORCH_CHECK(slot < num_slots, "slot_mapping[", i, "]: expected a slot below ", num_slots, ", got ", slot);
+    const int64_t page = slot / page_size, row = slot % page_size;
+    if (!touched.empty() && touched.back().page == page) {
+      touched.back().last_row = std::max(touched.back().last_row, row);
+    } else {
+      touched.push_back({page, row});
+    }
+  }
+  std::sort(touched.begin(), touched.end(), [](const TouchedPage& a, const TouchedPage& b) {
+    return a.page != b.page ? a.page < b.page : a.last_row > b.last_row;
+  });
+  const auto same = [](const TouchedPage& a, const TouchedPage& b) { return a.page == b.page; };
+  touched.erase(std::unique(touched.begin(), touched.end(), same), touched.end());
+  return touched;
+}
+
+void update_page_summaries(const Tensor& key_cache, const Tensor& summaries, const Tensor& slot_mapping,
+                           int64_t page_size, c10::string_view kv_format) {
+  check_cache(key_cache, "key_cache");
+  check_summaries(summaries);
+  const int64_t num_blocks = key_cache.size(0), heads = key_cache.size(1), block_size = key_cache.size(2);
+  check_page_size(page_size, block_size);
+  const int64_t pages_per_block = block_size / page_size;
+  check_dtype(summaries, "summaries", key_cache.scalar_type());
+  check_size(summaries, "summaries", 0, num_blocks);
+  check_size(summaries, "summaries", 1, heads);
+  check_size(summaries, "summaries", 2, pages_per_block);
+  check_size(summaries, "summaries", 4, key_cache.size(3));
+  check_cpu(slot_mapping, "slot_mapping");
+  check_dtype(slot_mapping, "slot_mapping", at::kLong);
+  check_dim(slot_mapping, "slot_mapping", 1);
+  const DType dtype = dtype_of(key_cache, "key_cache");
+  const Format format = parse_format(kv_format, key_cache);
+  const std::vector<TouchedPage> touched = touched_pages(slot_mapping, num_blocks * block_size, page_size);
+  const int64_t size = key_cache.element_size();
+  const char* keys = byte_pointer(key_cache);
+  char* out = byte_pointer(summaries);
+  constexpr int64_t kItemsPerTask = 8;
+  const int64_t items = int64_t(touched.size()) * heads;
+  for_each_task(ceil_div(items, kItemsPerTask), items * page_size * key_cache.size(3) * size, [&](int64_t task) {
+    for (int64_t item = task * kItemsPerTask; item < std::min(items, (task + 1) * kItemsPerTask); ++item) {
+      const TouchedPage& page = touched[item / heads];
+      const int64_t head = item % heads, block = page.page / pages_per_block, sub_page = page.page % pages_per_block;
+      const SummaryTask work{
+          keys + size * (block * key_cache.stride(0) + head * key_cache.stride(1)),
+          out + size * (block * summaries.stride(0) + head * summaries.stride(1) + sub_page * summaries.stride(2)),
+          block_size, key_cache.size(3), sub_page * page_size, page.last_row + 1};
+      kernels().summarise(dtype, format, work);
+    }
+  });
+}
+
+// A stretch of work of one (request, head): scores' chunk or attention's split `part`.
+struct Part {
+  int64_t row, head, part;
+};
+
+Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& block_table, const Tensor& seq_lens,
+                   int64_t page_size, c10::string_view group_reduction) {
+  check_summaries(summaries);
+  const int64_t heads = summaries.size(1), pages_per_block = summaries.size(2);
+  check_page_size(page_size, page_size * pages_per_block);
+  check_query(query, summaries, heads);
+  const Reduction reduction = parse_reduction(group_reduction);
+  const DType dtype = dtype_of(query, "query");
+  const int64_t num_reqs = query.size(0), group = query.size(1) / heads;
+  const std::vector<int64_t> lengths =
+      checked_lengths(block_table, seq_lens, num_reqs, page_size * pages_per_block, summaries.size(0));
+  const int64_t max_pages = block_table.size(1) * pages_per_block;
+  const int64_t outputs_per_head = reduction == Reduction::kPerQueryHead ? group : 1;
+  Tensor scores = at::empty({num_reqs, heads * outputs_per_head, max_pages}, query.options().dtype(at::kFloat));
+  const int64_t size = query.element_size();
+  const char* q = byte_pointer(query);
+  const char* rows = byte_pointer(summaries);
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  float* out = scores.data_ptr<float>();
+  std::vector<Part> parts;
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int64_t chunks = std::max<int64_t>(1, ceil_div(ceil_div(lengths[row], page_size), kScoreChunk));
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t part = 0; part < chunks; ++part) parts.push_back({row, head, part});
+  }
+  for_each_task(parts.size(), int64_t(parts.size()) * kScoreChunk * 2 * query.size(2) * size, [&](int64_t task) {
+    const auto [row, head, part] = parts[task];
+    const int64_t pages = ceil_div(lengths[row], page_size);
+    const int64_t first = part * kScoreChunk, end = std::min(pages, first + kScoreChunk);
+    float* row_scores = out + (row * heads + head) * outputs_per_head * max_pages;
+    if (end > first) {
+      const ScoreTask work{q + size * (row * query.stride(0) + head * group * query.stride(1)),
+                           rows + size * head * summaries.stride(1), table + row * block_table.stride(0), row_scores,
+                           query.stride(1), summaries.stride(0), summaries.stride(2), block_table.stride(1), max_pages,
+                           group, query.size(2), pages_per_block, first, end, reduction};
+      kernels().score(dtype, work);
+    }
+    if (end < pages) return;
+    for (int64_t i = 0; i < outputs_per_head; ++i)
+      std::fill(row_scores + i * max_pages + end, row_scores + (i + 1) * max_pages, -INFINITY);
+  });
+  return scores;
+}
+
+Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
+                    int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget) {
+  check_cpu(page_scores, "page_scores");
+  check_dtype(page_scores, "page_scores", at::kFloat);
+  check_dim(page_scores, "page_scores", 3);
+  check_dense_tail(page_scores, "page_scores", 1);
+  const int64_t num_reqs = page_scores.size(0), heads = page_scores.size(1), max_pages = page_scores.size(2);
+  check_int32_rows(seq_lens, "seq_lens", num_reqs);
+  check_int32_rows(page_budgets, "page_budgets", num_reqs);
+  TORCH_CHECK(page_size > 0, "page_size: expected a positive number, got ", page_size);
+  TORCH_CHECK(sink_pages >= 0, "sink_pages: expected 0 or more, got ", sink_pages);
+  TORCH_CHECK(recent_pages >= 0, "recent_pages: expected 0 or more, got ", recent_pages);
+  TORCH_CHECK(max_page_budget >= 0, "max_page_budget: expected 0 or more, got ", max_page_budget);
+  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* budgets = page_budgets.const_data_ptr<int32_t>();
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int64_t length = lengths[row * seq_lens.stride(0)];
+    TORCH_CHECK(length >= 0 && ceil_div(length, page_size) <= max_pages, "seq_lens[", row, "]: expected 0 to ",
+                max_pages * page_size, " (the pages of a row of page_scores), got ", length);
+  }
+  Tensor selected = at::empty({num_reqs, heads, max_page_budget}, seq_lens.options());
+  const float* scores = page_scores.const_data_ptr<float>();
+  int32_t* out = selected.data_ptr<int32_t>();
+  constexpr int64_t kSelectCost = 24;  // a page of a row costs about what reading that many bytes does
+  for_each_task(num_reqs * heads, num_reqs * heads * max_pages * kSelectCost, [&](int64_t task) {
+    const int64_t row = task / heads, head = task % heads;
+    const int64_t pages = ceil_div(lengths[row * seq_lens.stride(0)], page_size);
+    static thread_local std::vector<uint32_t> scratch;
+    if (int64_t(scratch.size()) < 2 * pages) scratch.resize(2 * pages);
+    const SelectTask work{scores + row * page_scores.stride(0) + head * page_scores.stride(1),
+                          out + task * max_page_budget, scratch.data(), pages,
+                          budgets[row * page_budgets.stride(0)], max_page_budget, sink_pages, recent_pages};
+    kernels().select(work);
+  });
+  return selected;
+}
+
+// The selected pages of every (request, selection head) that hold a token, packed; splits are counted from them.
+struct Selection {
+  std::vector<int32_t> pages;
+  std::vector<int64_t> first_page, first_part;  // [units + 1]
+  std::vector<Part> parts;                      // head: the selection head
+};
+
+Selection pack_selection(const Tensor& selected, const std::vector<int64_t>& lengths, int64_t page_size) {
+  Selection packed;
+  const int64_t heads = selected.size(1), pages_per_split = std::max<int64_t>(1, kSplitTokens / page_size);
+  packed.pages.reserve(selected.numel());
+  const int32_t* data = selected.const_data_ptr<int32_t>();
+  for (int64_t row = 0; row < selected.size(0); ++row) {
+    const int64_t pages = ceil_div(lengths[row], page_size);
+    for (int64_t head = 0; head < heads; ++head) {
+      packed.first_page.push_back(packed.pages.size());
+      packed.first_part.push_back(packed.parts.size());
+      const int32_t* entries = data + row * selected.stride(0) + head * selected.stride(1);
+      for (int64_t i = 0; i < selected.size(2); ++i) {
+        const int32_t page = entries[i * selected.stride(2)];
+        if (page >= 0 && page < pages) packed.pages.push_back(page);
+      }
+      const int64_t count = int64_t(packed.pages.size()) - packed.first_page.back();
+      for (int64_t part = 0; part < std::max<int64_t>(1, ceil_div(count, pages_per_split)); ++part)
+        packed.parts.push_back({row, head, part});
+    }
+  }
+  packed.first_page.push_back(packed.pages.size());
+  packed.first_part.push_back(packed.parts.size());
+  return packed;
+}
+
+Tensor sparse_paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                              const Tensor& block_table, const Tensor& seq_lens, const Tensor& selected_pages,
+                              int64_t page_size, double scale, double softcap, c10::string_view kv_format) {
+  check_cache(key_cache, "key_cache");
+  check_cache(value_cache, "value_cache");
+  TORCH_CHECK(key_cache.sizes() == value_cache.sizes(), "value_cache: expected key_cache's shape ", key_cache.sizes(),
+              ", got ", value_cache.sizes());
+  TORCH_CHECK(key_cache.strides() == value_cache.strides(), "value_cache: expected key_cache's strides ",
+              key_cache.strides(), ", got ", value_cache.strides());
+  check_dtype(value_cache, "value_cache", key_cache.scalar_type());
+  const int64_t kv_heads = key_cache.size(1), block_size = key_cache.size(2), dim = key_cache.size(3);
+  check_page_size(page_size, block_size);
+  check_query(query, key_cache, kv_heads);
+  const int64_t num_reqs = query.size(0), q_heads = query.size(1);
+  const Format format = parse_format(kv_format, key_cache);
+  const DType dtype = dtype_of(query, "query");
+  check_cpu(selected_pages, "selected_pages");
+  check_dtype(selected_pages, "selected_pages", at::kInt);
+  check_dim(selected_pages, "selected_pages", 3);
+  check_size(selected_pages, "selected_pages", 0, num_reqs);
+  const int64_t units = selected_pages.size(1);
+  TORCH_CHECK(units == kv_heads || units == q_heads, "selected_pages: expected num_kv_heads ", kv_heads,
+              " or num_q_heads ", q_heads, " at dimension 1, got shape ", selected_pages.sizes());
+  const std::vector<int64_t> lengths = checked_lengths(block_table, seq_lens, num_reqs, block_size, key_cache.size(0));
+  const int64_t group = q_heads / units, units_per_kv_head = units / kv_heads;
+  const int64_t pages_per_split = std::max<int64_t>(1, kSplitTokens / page_size);
+  const Selection selection = pack_selection(selected_pages, lengths, page_size);
+
+  Tensor output = at::empty({num_reqs, q_heads, dim}, query.options());
+  const int64_t num_parts = selection.parts.size();
+  Tensor scratch = at::empty({num_parts * group * (dim + 2)}, query.options().dtype(at::kFloat));
+  float* partial = scratch.data_ptr<float>();
+  float* row_max = partial + num_parts * group * dim;
+  float* row_sum = row_max + num_parts * group;
+  std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[num_reqs * units]());
+  const int64_t size = query.element_size();
+  const char* q = byte_pointer(query);
+  const char* keys = byte_pointer(key_cache);
+  const char* values = byte_pointer(value_cache);
+  char* out = byte_pointer(output);
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  for_each_task(num_parts, int64_t(selection.pages.size()) * 2 * page_size * dim * size, [&](int64_t task) {
+    const auto [row, head, part] = selection.parts[task];
+    const int64_t unit = row * units + head;
+    const int64_t first = selection.first_page[unit] + part * pages_per_split;
+    const int64_t count = std::min(selection.first_page[unit + 1] - first, pages_per_split);
+    const int64_t kv_offset = size * (head / units_per_kv_head) * key_cache.stride(1);
+    char* row_out = out + size * (row * q_heads + head * group) * dim;
+    if (count <= 0) {  // no token to attend to
+      std::memset(row_out, 0, size * group * dim);
+      return;
+    }
+    const AttendTask work{q + size * (row * query.stride(0) + head * group * query.stride(1)), keys + kv_offset,
+                          values + kv_offset, table + row * block_table.stride(0), selection.pages.data() + first,
+                          partial + task * group * dim, row_max + task * group, row_sum + task * group, query.stride(1),
+                          key_cache.stride(0), block_table.stride(1), group, dim, block_size, page_size, count,
+                          lengths[row], float(scale), float(softcap)};
+    kernels().attend(dtype, format, work);
+    const int64_t first_part = selection.first_part[unit], splits = selection.first_part[unit + 1] - first_part;
+    if (done[unit].fetch_add(1, std::memory_order_acq_rel) + 1 < splits) return;
+    kernels().merge(dtype, MergeTask{partial + first_part * group * dim, row_max + first_part * group,
+                                     row_sum + first_part * group, row_out, splits, group, dim, dim});
+  });
+  return output;
+}
+
+std::string isa() { return kernels().isa; }
+
+}  // namespace
+
+TORCH_LIBRARY(quest_vllm_cpu, library) {
+  library.def(
+      "update_page_summaries(Tensor key_cache, Tensor(a!) summaries, Tensor slot_mapping, int page_size, "
+      "str kv_format) -> ()");
+  library.def(
+      "score_pages(Tensor query, Tensor summaries, Tensor block_table, Tensor seq_lens, int page_size, "
+      "str group_reduction) -> Tensor");
+  library.def(
+      "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
+      "int recent_pages, int max_page_budget) -> Tensor");
+  library.def(
+      "sparse_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor selected_pages, int page_size, float scale, float softcap, str kv_format) -> Tensor");
+  library.def("isa() -> str", &isa);
+}
+
+// Every dispatch key, so that a tensor on another device meets the checks' message.
+TORCH_LIBRARY_IMPL(quest_vllm_cpu, CompositeExplicitAutograd, library) {
+  library.impl("update_page_summaries", &update_page_summaries);
+  library.impl("score_pages", &score_pages);
+  library.impl("select_pages", &select_pages);
+  library.impl("sparse_paged_attention", &sparse_paged_attention);
+}
+
+}  // namespace quest

@@ -1,0 +1,92 @@
+// What the per-ISA kernels offer to the bindings. No framework header: every kernel file is compiled with its own
+// instruction set, and an inline function shared with the rest of the program must not be.
+#pragma once
+#include <cstdint>
+
+namespace quest {
+
+constexpr int kLanes = 16;          // tokens of a packed group, channels of a vector
+constexpr int kMaxHeadDim = 512;    // stack buffers
+constexpr int kMaxPageSize = 512;   // stack buffers
+constexpr int kHeadBatch = 8;       // query heads that share one read of a page
+constexpr int kSplitTokens = 256;   // tokens of one split of the attention: fixed, so a row never depends on its batch
+constexpr int kScoreChunk = 128;    // pages of one score task
+
+enum class DType : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+
+// How keys and values lie inside a (block, kv head) chunk of block_size tokens; found by packing coded keys with
+// vLLM's cpu_attn_reshape_and_cache.
+//                keys                             values
+//   kRows        [block_size][D]                  [block_size][D]
+//   kTransposed  [D][block_size]                  [block_size][D]                      vLLM "vec", "vec16"
+//   kAmx         [block_size/16][D/2][16][2]      [D/16][block_size/2][16][2]          vLLM "amx" (bfloat16)
+enum class Format : int { kRows = 0, kTransposed = 1, kAmx = 2 };
+
+enum class Reduction : int { kMax = 0, kMean = 1, kPerQueryHead = 2 };
+
+// One page and kv head. `written` rows, starting at row `first_row` of the chunk, are summarised.
+struct SummaryTask {
+  const void* keys;      // the chunk's keys
+  void* summary;         // [2, head_dim]
+  int64_t block_size, head_dim, first_row, written;
+};
+
+// Pages [first_page, end_page) of one request and kv head; end_page - first_page <= kScoreChunk.
+struct ScoreTask {
+  const void* query;     // [group, head_dim], rows query_stride apart
+  const void* summaries; // block 0 of this kv head
+  const int32_t* block_ids;
+  float* scores;         // page 0 of the first score head, heads score_stride apart
+  int64_t query_stride, block_stride, page_stride, block_ids_stride, score_stride;
+  int64_t group, head_dim, pages_per_block, first_page, end_page;
+  Reduction reduction;
+};
+
+// One row of scores.
+struct SelectTask {
+  const float* scores;   // [pages]
+  int32_t* selected;     // [max_page_budget]
+  uint32_t* scratch;     // [2 * pages]
+  int64_t pages, page_budget, max_page_budget, sink_pages, recent_pages;
+};
+
+// Some of the selected pages of one request and kv head.
+struct AttendTask {
+  const void* query;     // [group, head_dim], rows query_stride apart
+  const void* keys;      // block 0 of this kv head
+  const void* values;
+  const int32_t* block_ids;
+  const int32_t* pages;  // [num_pages], each below ceil(seq_len / page_size)
+  float* partial;        // [group, head_dim]
+  float* row_max;        // [group]
+  float* row_sum;        // [group]
+  int64_t query_stride, block_stride, block_ids_stride;
+  int64_t group, head_dim, block_size, page_size, num_pages, seq_len;
+  float scale, softcap;
+};
+
+// Merges the splits of one request and kv head by their log-sum-exp, in order.
+struct MergeTask {
+  const float* partial;  // [splits, group, head_dim]
+  const float* row_max;  // [splits, group]
+  const float* row_sum;  // [splits, group]
+  void* output;          // [group, head_dim], rows output_stride apart
+  int64_t splits, group, head_dim, output_stride;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*summarise)(DType, Format, const SummaryTask&);
+  void (*score)(DType, const ScoreTask&);
+  void (*select)(const SelectTask&);
+  void (*attend)(DType, Format, const AttendTask&);
+  void (*merge)(DType, const MergeTask&);
+};
+
+extern const Kernels kGenericKernels;
+#ifdef QUEST_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace quest

@@ -1,0 +1,3 @@
+#define QUEST_ISA generic
+#define QUEST_KERNELS kGenericKernels
+#include "kernels_impl.h"

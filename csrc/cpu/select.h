@@ -1,0 +1,69 @@
+// select_pages: the best pages of one row by radix selection. Included by kernels_impl.h.
+
+// Unsigned keys in the order of the scores; NaN becomes +inf, -0 becomes +0.
+QUEST_INLINE uint32_t ordered_key(float score) {
+  if (score != score) score = __builtin_inff();
+  score += 0.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &score, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The `rank`-th greatest of `keys` (rank >= 1), and how many of the keys equal to it belong to the first `rank`.
+// Destroys `keys`.
+inline uint32_t nth_greatest(uint32_t* keys, int64_t count, int64_t rank, int64_t& equal_wanted) {
+  constexpr int kShift[3] = {21, 10, 0}, kBits[3] = {11, 11, 10};
+  uint32_t threshold = 0;
+  for (int pass = 0; pass < 3; ++pass) {
+    uint32_t histogram[1 << 11] = {};
+    const int shift = kShift[pass];
+    const uint32_t mask = (1u << kBits[pass]) - 1;
+    for (int64_t i = 0; i < count; ++i) ++histogram[(keys[i] >> shift) & mask];
+    uint32_t digit = mask;
+    while (int64_t(histogram[digit]) < rank) rank -= histogram[digit--];
+    threshold |= digit << shift;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t key = keys[i];
+      keys[kept] = key;
+      kept += ((key >> shift) & mask) == digit;
+    }
+    count = kept;
+  }
+  equal_wanted = rank;
+  return threshold;
+}
+
+void select_row(const SelectTask& task) {
+  const int64_t pages = task.pages;
+  int64_t take = task.page_budget < pages ? task.page_budget : pages;
+  if (take > task.max_page_budget) take = task.max_page_budget;
+  if (take < 0) take = 0;
+  const int64_t recent = task.recent_pages < take ? task.recent_pages : take;
+  const int64_t recent_tier = task.recent_pages < pages ? task.recent_pages : pages;
+  int64_t sink = task.sink_pages < pages - recent_tier ? task.sink_pages : pages - recent_tier;
+  if (sink > take - recent) sink = take - recent;
+  const int64_t first = sink, end = pages - recent_tier, wanted = take - recent - sink;
+  int32_t* out = task.selected;
+  for (int64_t page = 0; page < sink; ++page) *out++ = int32_t(page);
+  if (wanted > 0 && wanted == end - first) {
+    for (int64_t page = first; page < end; ++page) *out++ = int32_t(page);
+  } else if (wanted > 0) {
+    uint32_t* keys = task.scratch;
+    uint32_t* spare = task.scratch + pages;
+    for (int64_t page = first; page < end; ++page)
+      spare[page - first] = keys[page - first] = ordered_key(task.scores[page]);
+    int64_t equal_left = 0;
+    const uint32_t threshold = nth_greatest(spare, end - first, wanted, equal_left);
+    int32_t* const last = out + wanted;
+    for (int64_t page = first; page < end && out < last; ++page) {
+      const uint32_t key = keys[page - first];
+      const bool equal = key == threshold && equal_left > 0;
+      equal_left -= equal;
+      *out = int32_t(page);
+      out += key > threshold || equal;
+    }
+  }
+  for (int64_t page = pages - recent; page < pages; ++page) *out++ = int32_t(page);
+  for (int32_t* const stop = task.selected + task.max_page_budget; out < stop;) *out++ = -1;
+}

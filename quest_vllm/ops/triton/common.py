@@ -1,0 +1,55 @@
+"""What the Triton kernels share: tile sizes and small device functions. Knows nothing of vLLM."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+MIN_DOT_ROWS = 16
+"""``tl.dot`` needs at least 16 rows; a GQA group is padded up to it."""
+
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def padded(size: int, minimum: int = 1) -> int:
+    """The next power of two that is at least ``size`` and ``minimum``: Triton tiles have power-of-two sides."""
+    return max(minimum, triton.next_power_of_2(size))
+
+
+def dot_tile(rows: int, row_bytes: int) -> tuple[int, int]:
+    """Rows of a tile of ``row_bytes`` each, and pipeline stages.
+
+    They fit the 99 KiB of shared memory of sm_86 and sm_89, but for float32 at 256 dims with 64-token pages (149 KiB).
+    """
+    return (rows, 3) if row_bytes <= 512 else (rows // 2, 2)
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Ceiling division on the host."""
+    return -(-numerator // denominator)
+
+
+@triton.jit
+def max_with_nan(values, axis: tl.constexpr):
+    """``max`` that propagates NaN, as torch's ``amax`` does (``tl.max`` drops it)."""
+    has_nan = tl.max((values != values).to(tl.int32), axis=axis) > 0
+    return tl.where(has_nan, float("nan"), tl.max(values, axis=axis))
+
+
+@triton.jit
+def min_with_nan(values, axis: tl.constexpr):
+    """``min`` that propagates NaN, as torch's ``amin`` does."""
+    has_nan = tl.max((values != values).to(tl.int32), axis=axis) > 0
+    return tl.where(has_nan, float("nan"), tl.min(values, axis=axis))
+
+
+@triton.jit
+def dot(left, right, acc):
+    """``left @ right + acc`` with float32 accumulation and no TF32 rounding."""
+    if INTERPRETED:  # the interpreter keeps bfloat16 as raw bits and would multiply those; the products are the same
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc=acc, input_precision="ieee")

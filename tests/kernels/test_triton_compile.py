@@ -1,0 +1,134 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, in the dtypes and shapes that differ in code."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90)
+PACKAGE = "quest_vllm.ops.triton"
+INDEX_POINTERS = {"block_table_ptr", "seq_lens_ptr", "budget_ptr", "selected_ptr"}
+FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr"}
+PAGES = {"PAGE_SIZE": 16, "HEAD_DIM": 80, "PADDED_DIM": 128}
+WIDE = {"PAGE_SIZE": 64, "HEAD_DIM": 256, "PADDED_DIM": 256}
+KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, variants of its constants
+    "update_page_summaries_kernel": (
+        "update_page_summaries",
+        [PAGES | {"BLOCK_SIZE": 64, "WINDOW": 32}, WIDE | {"BLOCK_SIZE": 64, "WINDOW": 128}],
+    ),
+    "score_pages_kernel": (
+        "score_pages",
+        [
+            PAGES | {"PAGES_PER_BLOCK": 4, "GROUP": 3, "PADDED_GROUP": 16, "TILE": 64} | variant
+            for variant in (
+                {"REDUCTION": 0, "FILL_TAIL": False},
+                {"REDUCTION": 1, "FILL_TAIL": True},
+                {"REDUCTION": 2, "FILL_TAIL": True},
+            )
+        ],
+    ),
+    "select_pages_kernel": (
+        "select_pages",
+        [
+            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False},
+        ],
+    ),
+    "attend_splits_kernel": (
+        "sparse_paged_attention",
+        [
+            shape | {"HEADS_PER_KV": 4, "PADDED_ROWS": 16, "PAGES_PER_BLOCK": 2, "TILE": 64} | variant
+            for shape, variant in itertools.product(
+                (PAGES | {"PAGES_PER_SPLIT": 16}, WIDE | {"PAGES_PER_SPLIT": 4}),
+                (
+                    {"ROWS": 4, "HAS_SOFTCAP": False, "HAS_BUDGETS": True},
+                    {"ROWS": 1, "HAS_SOFTCAP": True, "HAS_BUDGETS": False},
+                ),
+            )
+        ],
+    ),
+    "merge_splits_kernel": (
+        "sparse_paged_attention",
+        [PAGES | {"PAGES_PER_SPLIT": 16, "TILE": 16, "HAS_BUDGETS": budgets} for budgets in (True, False)],
+    ),
+}
+
+
+def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Type of every argument, told from its name."""
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in INDEX_POINTERS:
+            return "*i32"
+        if name in FLOAT_POINTERS:
+            return "*fp32"
+        if name == "slot_ptr":
+            return "*i64"
+        if name.endswith("_ptr"):
+            return f"*{dtype}"
+        return "fp32" if name in {"scale", "softcap"} else "i64" if name.endswith("block_stride") else "i32"
+
+    return {name: kind(name) for name in kernel.arg_names}
+
+
+def compile_kernel(name: str) -> int:
+    """Compile every variant of one kernel for every architecture; return how many there were."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, variants = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
+    dtypes = ["bf16"] if name == "select_pages_kernel" else ["bf16", "fp16", "fp32"]
+    count = 0
+    for constants, arch in itertools.product(variants, ARCHITECTURES):
+        for dtype in dtypes if constants is variants[0] else dtypes[:1]:
+            source = ASTSource(kernel, signature_of(kernel, constants, dtype), constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+            assert compiled.asm["cubin"]
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_for_ampere_and_hopper(name: str) -> None:
+    """In a process of its own: the interpreter's switch, once set, is for the whole process."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_triton_compile", name],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_kernel_is_listed() -> None:
+    """A new kernel must be added to the table above."""
+    sources = (ROOT / PACKAGE.replace(".", "/")).glob("*.py")
+    found = {
+        line.removeprefix("def ").split("(")[0]
+        for source in sources
+        for line in source.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    }
+    assert found == set(KERNELS)
+
+
+if __name__ == "__main__":
+    print(compile_kernel(sys.argv[1]))

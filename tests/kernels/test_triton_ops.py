@@ -1,0 +1,36 @@
+"""Runs the cases of ``triton_cases.py``: here on a GPU, else in Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET once, when it is first imported, and importing vLLM imports it. A process of its own
+keeps the order of the test files from mattering, and the switch from reaching the servers that other tests start.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+if torch.cuda.is_available():
+    pytest.register_assert_rewrite("tests.kernels.triton_cases")
+    from tests.kernels.triton_cases import *  # noqa: F403
+else:
+
+    def test_kernels_in_the_interpreter() -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
