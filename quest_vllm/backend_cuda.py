@@ -253,6 +253,9 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
 
     def _attend_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
         config = self.config
+        # the kernels may leave what lies past a row's end or budget unwritten: nothing then scales with max_model_len
+        tails: dict[str, Any] = {"fill_tail": False} if self._ops.name == "triton" else {}
+        bounds: dict[str, Any] = {"page_budgets": rows.page_budgets, "out": output} if tails else {}
         scores = self._ops.score_pages(
             query,
             views.summaries,
@@ -260,6 +263,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             rows.seq_lens,
             page_size=config.page_size,
             group_reduction=config.group_reduction,
+            **tails,
         )
         selected = self._ops.select_pages(
             scores,
@@ -269,20 +273,22 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             max_page_budget=rows.max_page_budget,
+            **tails,
         )
-        output.copy_(
-            self._ops.sparse_paged_attention(
-                query,
-                views.keys,
-                views.values,
-                rows.block_table,
-                rows.seq_lens,
-                selected,
-                page_size=config.page_size,
-                scale=self.scale,
-                softcap=self.logits_soft_cap,
-            )
+        attended = self._ops.sparse_paged_attention(
+            query,
+            views.keys,
+            views.values,
+            rows.block_table,
+            rows.seq_lens,
+            selected,
+            page_size=config.page_size,
+            scale=self.scale,
+            softcap=self.logits_soft_cap,
+            **bounds,
         )
+        if not bounds:
+            output.copy_(attended)
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:
         compat.flash_attn_varlen_func()(

@@ -122,8 +122,10 @@ def _tensor() -> type:
 
 
 def live_requests(worker: Any) -> list[tuple[list[int], int]]:
-    """``(block ids, tokens stored in the KV cache)`` of each running request; model runner V1 only."""
-    batch = worker.model_runner.input_batch
+    """``(block ids, tokens stored in the KV cache)`` of each running request; none under model runner V2."""
+    batch = getattr(worker.model_runner, "input_batch", None)
+    if batch is None:
+        return []
     table = batch.block_table[0]
     return [
         (table.block_table.np[row, : table.num_blocks_per_row[row]].tolist(), int(batch.num_computed_tokens_cpu[row]))

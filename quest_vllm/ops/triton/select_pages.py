@@ -8,7 +8,7 @@ import triton.language as tl
 
 from quest_vllm.ops.triton.common import padded
 
-MAX_TILE = 1024
+MAX_TILE = 4096
 
 
 @triton.jit
@@ -124,6 +124,7 @@ def select_pages(
         out = torch.empty(num_reqs, num_heads, max_page_budget, dtype=torch.int32, device=page_scores.device)
     if out.numel() == 0:
         return out
+    tile = min(MAX_TILE, padded(max_pages, 128))
     select_pages_kernel[(num_heads, num_reqs)](
         page_scores,
         seq_lens,
@@ -135,8 +136,8 @@ def select_pages(
         PAGE_SIZE=page_size,
         SINK_PAGES=sink_pages,
         RECENT_PAGES=recent_pages,
-        TILE=min(MAX_TILE, padded(max_pages, 128)),
+        TILE=tile,
         FILL_TAIL=fill_tail,
-        num_warps=4,
+        num_warps=max(4, min(16, tile // 256)),
     )
     return out
