@@ -173,12 +173,16 @@ def sparse_steps(shape: Shape, cache: Cache, query: torch.Tensor, seq_lens: torc
 
 
 def time_interleaved(steps: dict[str, list[Step]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call; each round calls every step once, walking through its copies."""
+    """Seconds of every call; each round calls every step once, in turning order.
+
+    In a round every step works on another copy of the cache, so that none finds what the step before it has warmed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
-        for name, copies in steps.items():
+        named = list(enumerate(steps.items()))
+        for place, (name, copies) in named if turn % 2 else reversed(named):
             begin = time.perf_counter()
-            copies[turn % len(copies)]()
+            copies[(turn + place) % len(copies)]()
             if turn >= 2:  # warm-up
                 seconds[name].append(time.perf_counter() - begin)
     return seconds

@@ -3,8 +3,8 @@
 usage: bench_served.py MODEL [--context 7000] [--budget 512] [--requests 4] [--repeats 2] [--output FILE.json]
 
 Starts one server at a time on this machine, stock and ours in turn, ``--repeats`` times each; every round sends the
-same prompts at once and streams the answers. The time per output token of a request is (last token - first token) /
-(tokens - 1), so prefill is not in it; time to first token is reported beside it.
+same prompts at once and streams the answers. Times per output token are taken while every request decodes, so no
+prefill is in them; times to first token are reported beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -63,8 +64,10 @@ def served(model: str, context: int, sparse: bool, log: Path) -> Iterator[str]:
         process.wait(60)
 
 
-async def one_request(client: AsyncOpenAI, prompt: list[int], tokens: int, budget: int | None) -> tuple[float, float]:
-    """Returns seconds to the first token and seconds per output token after it."""
+async def one_request(
+    client: AsyncOpenAI, prompt: list[int], tokens: int, budget: int | None
+) -> tuple[float, list[float]]:
+    """Returns when the request was sent and when each token came, in seconds."""
     extra: dict[str, Any] = {"ignore_eos": True}
     if budget is not None:
         extra["vllm_xargs"] = {"quest_token_budget": budget}
@@ -75,14 +78,22 @@ async def one_request(client: AsyncOpenAI, prompt: list[int], tokens: int, budge
     )
     async for _ in stream:
         stamps.append(time.perf_counter())
-    return stamps[0] - start, (stamps[-1] - stamps[0]) / (tokens - 1)
+    return start, stamps
 
 
 async def one_round(url: str, prompts: list[list[int]], tokens: int, budget: int | None) -> dict[str, list[float]]:
     client = AsyncOpenAI(base_url=url, api_key="-", timeout=600)
     await one_request(client, prompts[0][:64], 4, budget)
     results = await asyncio.gather(*(one_request(client, prompt, tokens, budget) for prompt in prompts))
-    return {"time_to_first_token": [r[0] for r in results], "time_per_output_token": [r[1] for r in results]}
+    together = max(stamps[0] for _, stamps in results)  # from here on every request decodes
+    until = min(stamps[-1] for _, stamps in results)
+    common = [[stamp for stamp in stamps if together <= stamp <= until] for _, stamps in results]
+    return {
+        "time_to_first_token": [stamps[0] - start for start, stamps in results],
+        "time_per_output_token": [
+            later - earlier for stamps in common for earlier, later in itertools.pairwise(stamps)
+        ],
+    }
 
 
 def commit() -> str:
@@ -97,7 +108,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=7000)
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--requests", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--logs", type=Path, default=Path(".cache/bench"))
     parser.add_argument("--output", type=Path)

@@ -78,19 +78,9 @@ def _triton() -> Ops:
     return _from_module("triton", importlib.import_module("quest_vllm.ops.triton"))
 
 
-def _cuda() -> Ops:
-    cuda = importlib.import_module("quest_vllm.ops.cuda")
-    cuda.load()
-    return _from_module("cuda", cuda)
-
-
 def _auto(device_type: str, kv_format: str) -> Ops:
     if device_type == "cuda":
-        try:
-            return load_ops("cuda", device_type)
-        except ImplementationUnavailable as error:
-            logger.warning("quest_vllm: no CUDA kernels (%s); using the Triton kernels", error)
-            return load_ops("triton", device_type)
+        return load_ops("triton", device_type)
     try:
         return load_ops("cpu", device_type, kv_format)
     except ImplementationUnavailable as error:
@@ -119,6 +109,6 @@ def load_ops(implementation: str, device_type: str, kv_format: str = "rows") -> 
             f"implementation {implementation!r} needs tensors on {required}, the model runs on {device_type}"
         )
     try:
-        return _cpu(kv_format) if implementation == "cpu" else _triton() if implementation == "triton" else _cuda()
+        return _cpu(kv_format) if implementation == "cpu" else _triton()
     except (ImportError, OSError, RuntimeError) as error:
         raise ImplementationUnavailable(f"{implementation}: {error}") from error

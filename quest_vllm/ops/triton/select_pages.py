@@ -8,7 +8,7 @@ import triton.language as tl
 
 from quest_vllm.ops.triton.common import padded
 
-MAX_TILE = 4096
+MAX_TILE = 8192
 
 
 @triton.jit

@@ -1,0 +1,84 @@
+"""Writes the README's table of results from the newest raw JSON of each kind. usage: render_results.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def newest(pattern: str) -> tuple[dict[str, Any], str] | None:
+    """The newest file of a kind and its path; names begin with the date."""
+    found = sorted((ROOT / "benchmarks/results").glob(pattern))
+    return (json.loads(found[-1].read_text()), str(found[-1].relative_to(ROOT))) if found else None
+
+
+def size(tokens: int) -> str:
+    """4096 -> 4K."""
+    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def engine_lines() -> list[str]:
+    """Whole-model lines on a GPU."""
+    loaded = newest("h*/*-engine.json")
+    if loaded is None:
+        return []
+    document, path = loaded
+    return [
+        f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | "
+        f"time per output token | FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x | [{Path(path).name}]({path}) |"
+        for c in document["cases"]
+        if "speedup" in c
+    ]
+
+
+def chain_lines() -> list[str]:
+    """Attention of one layer on a GPU."""
+    loaded = newest("h*/*-chain-triton.json")
+    if loaded is None:
+        return []
+    document, path = loaded
+    return [
+        f"| one layer, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | score + select + attend | "
+        f"FlashAttention 3, {document['gpu']} | {c['speedup']:.1f}x | [{Path(path).name}]({path}) |"
+        for c in document["cases"]
+    ]
+
+
+def cpu_lines() -> list[str]:
+    """Attention of one layer, and a served model, on a CPU."""
+    lines = []
+    if loaded := newest("cpu/*-ops.json"):
+        document, path = loaded
+        lines += [
+            f"| one layer, {size(c['context'])} x4, budget 1K | score + select + attend | "
+            f"vLLM-CPU dense, {document['environment']['threads']} thread | {c['speedup']:.1f}x | "
+            f"[{Path(path).name}]({path}) |"
+            for c in document["decode"]
+            if c["context"] >= 4096
+        ]
+    if loaded := newest("cpu/*-served.json"):
+        document, path = loaded
+        settings = document["settings"]
+        lines.append(
+            f"| SmolLM2-135M served, {settings['context']} x{settings['requests']}, budget {settings['budget']} | "
+            f"time per output token | stock vLLM-CPU | {document['speedup']:.2f}x | [{Path(path).name}]({path}) |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Replace what stands between the markers."""
+    table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
+    table += [*engine_lines(), *chain_lines(), *cpu_lines()]
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(BEGIN)
+    _, tail = rest.split(END)
+    readme.write_text("\n".join([head + BEGIN, *table, END + tail]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Registration, and what start-up refuses. Real vLLM, no engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quest_vllm import compat, plugin
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's backend registry, its overrides put back afterwards."""
+    module = compat.backend_registry()
+    monkeypatch.setattr(module, "_ATTN_OVERRIDES", dict(module._ATTN_OVERRIDES))
+    module._ATTN_OVERRIDES.pop(module.AttentionBackendEnum.CUSTOM, None)
+    return module
+
+
+def test_register_claims_custom_and_is_idempotent(registry: Any) -> None:
+    plugin.register()
+    plugin.register()
+    assert registry.AttentionBackendEnum.CUSTOM.get_path() == plugin.CPU_BACKEND
+
+
+def test_custom_claimed_by_someone_else_is_an_error_that_names_them(registry: Any) -> None:
+    registry.register_backend(registry.AttentionBackendEnum.CUSTOM, "other_plugin.Backend")
+    with pytest.raises(compat.UnsupportedVllm, match="already claimed by other_plugin.Backend.*VLLM_PLUGINS"):
+        plugin.register()
+
+
+def test_unsupported_vllm_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.40.1")
+    with pytest.raises(compat.UnsupportedVllm, match="0.32 and 0.33, found 0.40.1"):
+        plugin.register()
+
+
+def select(**features: Any) -> str:
+    """The backend that our CPU platform chooses for a layer with ``features``."""
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from quest_vllm.platform_cpu import QuestCpuPlatform
+
+    layer = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32} | features
+    custom = compat.backend_registry().AttentionBackendEnum.CUSTOM
+    return QuestCpuPlatform.get_attn_backend_cls(custom, AttentionSelectorConfig(**layer))
+
+
+def test_custom_is_honoured_on_cpu() -> None:
+    assert select() == plugin.CPU_BACKEND
+    assert select(has_sliding_window=True) == plugin.CPU_BACKEND
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ({"has_sink": True}, "attention sinks"),
+        ({"use_dcp": True}, "DCP"),
+        ({"use_pcp": True}, "PCP"),
+        ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder"),
+        ({"use_non_causal": True}, "non-causal"),
+        ({"use_batch_invariant": True}, "batch invariance"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+    ],
+)
+def test_unsupported_feature_stops_the_start_and_names_the_way_out(features: dict[str, Any], name: str) -> None:
+    with pytest.raises(compat.UnsupportedVllm, match=f"{name}.*start without"):
+        select(**features)
+
+
+def test_mla_layers_stay_on_vllms_own_backend() -> None:
+    assert "quest_vllm" not in select(use_mla=True)
