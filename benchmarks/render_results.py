@@ -29,7 +29,7 @@ def engine_lines() -> list[str]:
     document, path = loaded
     return [
         f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | "
-        f"time per output token | FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x | [{Path(path).name}]({path}) |"
+        f"time per output token | FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x | [json]({path}) |"
         for c in document["cases"]
         if "speedup" in c
     ]
@@ -43,7 +43,7 @@ def chain_lines() -> list[str]:
     document, path = loaded
     return [
         f"| one layer, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | score + select + attend | "
-        f"FlashAttention 3, {document['gpu']} | {c['speedup']:.1f}x | [{Path(path).name}]({path}) |"
+        f"FlashAttention 3, {document['gpu']} | {c['speedup']:.1f}x | [json]({path}) |"
         for c in document["cases"]
     ]
 
@@ -56,7 +56,7 @@ def cpu_lines() -> list[str]:
         lines += [
             f"| one layer, {size(c['context'])} x4, budget 1K | score + select + attend | "
             f"vLLM-CPU dense, {document['environment']['threads']} thread | {c['speedup']:.1f}x | "
-            f"[{Path(path).name}]({path}) |"
+            f"[json]({path}) |"
             for c in document["decode"]
             if c["context"] >= 4096
         ]
@@ -65,7 +65,7 @@ def cpu_lines() -> list[str]:
         settings = document["settings"]
         lines.append(
             f"| SmolLM2-135M served, {settings['context']} x{settings['requests']}, budget {settings['budget']} | "
-            f"time per output token | stock vLLM-CPU | {document['speedup']:.2f}x | [{Path(path).name}]({path}) |"
+            f"time per output token | stock vLLM-CPU | {document['speedup']:.2f}x | [json]({path}) |"
         )
     return lines
 

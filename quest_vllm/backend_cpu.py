@@ -19,7 +19,7 @@ from quest_vllm.accounting import LayerGroup, record_step
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layers import count_sparse_layers, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
@@ -75,7 +75,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
-        sparse_layers = sum(is_sparse_layer(name, layer.impl, self.config) for name, layer in layers.items())
+        sparse_layers = count_sparse_layers(layers, self.config)
         self.group = LayerGroup(
             num_sparse_layers=sparse_layers,
             num_kv_heads=self.num_kv_heads,

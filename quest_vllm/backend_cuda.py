@@ -20,7 +20,7 @@ from quest_vllm.accounting import LayerGroup, record_step
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layers import count_sparse_layers, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import Ops, load_ops
 from quest_vllm.page_layout import PageViews, split_chunks
@@ -91,7 +91,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.supports_draft_decode_metadata_update = False
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
-        self.num_sparse_layers = sum(is_sparse_layer(n, layer.impl, self.config) for n, layer in layers.items())
+        self.num_sparse_layers = count_sparse_layers(layers, self.config)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.page_budgets = torch.full((max_num_reqs,), ALL_PAGES, dtype=torch.int32, device=device)
         per_query_head = self.config.group_reduction == "per_query_head"

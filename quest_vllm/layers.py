@@ -19,9 +19,20 @@ def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: li
     """
     config = activate(vllm_config) if vllm_config is not None else active_config()
     if kv_cache_spec is not None and layer_names is not None:
+        _check_pipeline(vllm_config)
         _check_block_size(kv_cache_spec.block_size, config.page_size)
         _report(config, layer_names, kv_cache_spec)
     return config
+
+
+def _check_pipeline(vllm_config: Any) -> None:
+    # model runner V2 tells logits processors of new requests on the last pipeline rank alone: the others would not
+    # know the budgets. Can go once V2 calls add_request on every rank.
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner:
+        raise compat.UnsupportedVllm(
+            "quest_vllm does not support pipeline parallelism with model runner V2; use --tensor-parallel-size, or "
+            "start without --attention-backend CUSTOM"
+        )
 
 
 def _check_block_size(block_size: int, page_size: int) -> None:
@@ -55,8 +66,19 @@ def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
             )
 
 
+def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
+    """How many of ``layers`` (name to attention module) ever select pages; one log line for sliding windows."""
+    windowed = sum(_has_window(layer.impl) for layer in layers.values())
+    if windowed:
+        logger.info("quest_vllm: %d sliding-window layers stay dense", windowed)
+    return sum(is_sparse_layer(name, layer.impl, config) for name, layer in layers.items())
+
+
+def _has_window(impl: Any) -> bool:
+    window = getattr(impl, "sliding_window", None)
+    return window is not None and window not in (-1, (-1, -1))
+
+
 def is_sparse_layer(layer_name: str, impl: Any, config: QuestConfig) -> bool:
     """Whether the layer ever selects pages: not in ``dense_layers``, and no sliding window."""
-    window = getattr(impl, "sliding_window", None)
-    windowed = window is not None and window not in (-1, (-1, -1))
-    return not windowed and compat.layer_index(layer_name) not in config.dense_layers
+    return not _has_window(impl) and compat.layer_index(layer_name) not in config.dense_layers

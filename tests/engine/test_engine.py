@@ -31,9 +31,10 @@ def llm(model_path: Path, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[An
         max_num_batched_tokens=512,
         max_num_seqs=8,
         block_size=32,
-        num_gpu_blocks_override=200,
+        num_gpu_blocks_override=130,
         enable_prefix_caching=True,
         seed=0,
+        disable_log_stats=False,
     )
     yield engine
     engine.llm_engine.engine_core.shutdown()
@@ -121,7 +122,7 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
         text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 110), seed=number)
         sampling = SamplingParams(
             temperature=0.8,
-            max_tokens=rng.randint(4, 40),
+            max_tokens=rng.randint(150, 400),
             ignore_eos=True,
             n=2 if number % 5 == 0 else 1,
             extra_args={"quest_token_budget": rng.choice([0, 64, 128, 512, MAX_MODEL_LEN])},
@@ -136,5 +137,8 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
         if steps % 40 == 0:
             live_checked += audit(llm).live_pages_checked
     assert steps > 40
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert counters["vllm:num_preemptions"] > 0, counters
+    assert counters["vllm:prefix_cache_hits"] > 0
     assert live_checked > 0
     assert audit(llm).pages_checked > 1000
