@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quest_vllm import compat
+from quest_vllm.layers import has_window
 from quest_vllm.page_layout import split_chunks
 
 
@@ -34,7 +35,7 @@ def audit_summaries(worker: Any) -> AuditReport:
     live = compat.live_requests(worker)
     for name, layer in compat.cached_layers(worker).items():
         config = layer.impl.config
-        if getattr(layer.impl, "sliding_window", -1) not in (-1, (-1, -1)):
+        if has_window(layer.impl):
             continue
         views = split_chunks(layer.kv_cache, layer.impl.head_size, config.page_size)
         keys = _rows(views.keys, layer)

@@ -68,17 +68,18 @@ def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
 
 def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
     """How many of ``layers`` (name to attention module) ever select pages; one log line for sliding windows."""
-    windowed = sum(_has_window(layer.impl) for layer in layers.values())
+    windowed = sum(has_window(layer.impl) for layer in layers.values())
     if windowed:
         logger.info("quest_vllm: %d sliding-window layers stay dense", windowed)
     return sum(is_sparse_layer(name, layer.impl, config) for name, layer in layers.items())
 
 
-def _has_window(impl: Any) -> bool:
+def has_window(impl: Any) -> bool:
+    """Whether the layer attends to a sliding window; vLLM-CPU writes "none" as -1, FlashAttention as (-1, -1)."""
     window = getattr(impl, "sliding_window", None)
     return window is not None and window not in (-1, (-1, -1))
 
 
 def is_sparse_layer(layer_name: str, impl: Any, config: QuestConfig) -> bool:
     """Whether the layer ever selects pages: not in ``dense_layers``, and no sliding window."""
-    return not _has_window(impl) and compat.layer_index(layer_name) not in config.dense_layers
+    return not has_window(impl) and compat.layer_index(layer_name) not in config.dense_layers

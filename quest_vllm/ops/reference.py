@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-GROUP_REDUCTIONS = ("max", "mean", "per_query_head")
+from quest_vllm.config import GROUP_REDUCTIONS
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
