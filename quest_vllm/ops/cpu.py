@@ -9,7 +9,7 @@ values lie inside a block's chunk. vLLM's name for it is the "isa" of ``cpu_attn
     "amx"           [T/16, D/2, 16, 2]          [D/16, T/2, 16, 2]      bfloat16, D a multiple of 32; otherwise as "vec"
 
 Summaries are plain rows in every format. Nothing here falls back: without the library every operation raises
-:class:`CpuKernelsUnavailable`. Bad arguments raise RuntimeError with what was expected and what came. Beyond the
+:class:`KernelsUnavailable`. Bad arguments raise RuntimeError with what was expected and what came. Beyond the
 reference, head_dim and page_size have to be multiples of 16 (at most 512), and the operations check that every block of
 a request lies inside the cache; selected pages past a request's end are skipped unread.
 """
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from quest_vllm.ops import cpu_build
-from quest_vllm.ops.cpu_build import CpuKernelsUnavailable
+from quest_vllm.ops.build_tools import KernelsUnavailable
 
 __all__ = [
     "KV_FORMATS",
-    "CpuKernelsUnavailable",
+    "KernelsUnavailable",
     "isa",
     "load",
     "pack_keys",
@@ -45,12 +45,12 @@ _GROUP = 16  # tokens of a packed group
 
 @functools.cache
 def load() -> Any:
-    """Build the library if need be, load it, and return its operations. Raises :class:`CpuKernelsUnavailable`."""
+    """Build the library if need be, load it, and return its operations. Raises :class:`KernelsUnavailable`."""
     path = cpu_build.build()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise CpuKernelsUnavailable(f"cannot load {path}: {error}") from error
+        raise KernelsUnavailable(f"cannot load {path}: {error}") from error
     return torch.ops.quest_vllm_cpu
 
 

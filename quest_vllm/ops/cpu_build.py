@@ -9,29 +9,21 @@ Environment: ``QUEST_VLLM_CACHE`` (default ``~/.cache/quest_vllm``) is where lib
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import logging
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quest_vllm.errors import QuestError
-
-logger = logging.getLogger("vllm.quest_vllm")
-
-Progress = Callable[[str], None]
+from quest_vllm.ops import build_tools
+from quest_vllm.ops.build_tools import KernelsUnavailable, Progress
 
 LIBRARY_NAME = "quest_vllm_cpu.so"
 _COMMON_FLAGS = ("-O3", "-fPIC", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-DNDEBUG")
@@ -44,10 +36,6 @@ _AVX512_FLAGS = (
     "-mavx512dq",
     "-mprefer-vector-width=512",
 )
-
-
-class CpuKernelsUnavailable(QuestError, RuntimeError):
-    """The C++ kernels cannot be built or loaded here; the message says why and what would help."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +58,14 @@ def _units() -> list[Unit]:
     return units
 
 
-def source_dir() -> Path:
-    """Return the folder of the C++ sources: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent.parent
-    candidates = (package.parent / "csrc" / "cpu", package / "_csrc" / "cpu")
-    for candidate in candidates:
-        if (candidate / "bindings.cpp").is_file():
-            return candidate
-    raise CpuKernelsUnavailable(f"the C++ sources are missing: looked in {' and '.join(map(str, candidates))}")
-
-
-def cache_dir() -> Path:
-    """Return the folder that holds built libraries."""
-    return Path(os.environ.get("QUEST_VLLM_CACHE") or Path.home() / ".cache" / "quest_vllm")
-
-
 def library_path() -> Path:
     """Return where the library for this torch, these sources and these flags lies, built or not."""
     digest = hashlib.sha256(repr([(unit.source, unit.flags) for unit in _units()]).encode())
     digest.update(repr((_COMMON_FLAGS, torch.__version__, os.environ.get("CXX"))).encode())
-    for source in sorted(source_dir().iterdir()):
+    for source in sorted(build_tools.source_dir("cpu").iterdir()):
         if source.suffix in (".cpp", ".h"):
             digest.update(source.name.encode() + source.read_bytes())
-    return cache_dir() / f"cpu-torch{torch.__version__}-{digest.hexdigest()[:16]}" / LIBRARY_NAME
+    return build_tools.cache_dir() / f"cpu-torch{torch.__version__}-{digest.hexdigest()[:16]}" / LIBRARY_NAME
 
 
 def _compiler() -> list[str]:
@@ -102,22 +75,15 @@ def _compiler() -> list[str]:
         if words and shutil.which(words[0]):
             return words
     looked_for = f"CXX={wanted}" if wanted else "g++, c++ or clang++"
-    raise CpuKernelsUnavailable(
+    raise KernelsUnavailable(
         f"no C++ compiler: expected {looked_for} on PATH (on Debian or Ubuntu: apt-get install g++)"
     )
-
-
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        errors = "\n".join(result.stderr.strip().splitlines()[:20])
-        raise CpuKernelsUnavailable(f"status {result.returncode} from: {shlex.join(command)}\n{errors}")
 
 
 def _compile(compiler: list[str], unit: Unit, folder: Path, progress: Progress) -> str:
     begin = time.monotonic()
     target = folder / f"{Path(unit.source).stem}.o"
-    _run([*compiler, *_COMMON_FLAGS, *unit.flags, "-c", str(source_dir() / unit.source), "-o", str(target)])
+    build_tools.run_compiler([*compiler, *_COMMON_FLAGS, *unit.flags, "-c", str(build_tools.source_dir("cpu") / unit.source), "-o", str(target)])
     progress(f"compiled {unit.source} in {time.monotonic() - begin:.0f} s")
     return str(target)
 
@@ -131,43 +97,31 @@ def _compile_and_link(target: Path, progress: Progress) -> None:
             objects = list(pool.map(lambda unit: _compile(compiler, unit, folder, progress), _units()))
         linked = folder / LIBRARY_NAME
         link = ["-shared", *objects, f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-o", str(linked)]
-        _run([*compiler, *link])
+        build_tools.run_compiler([*compiler, *link])
         linked.replace(target)  # atomic: nobody sees half a library
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
-        yield
 
 
 def build(progress: Progress | None = None) -> Path:
     """Return the library's path, after building it if it is not there yet.
 
     ``progress`` receives a line per step (default: the log). Safe in concurrent processes: one builds, the others wait.
-    Raises :class:`CpuKernelsUnavailable` without a compiler, without sources, or where compilation fails.
+    Raises :class:`KernelsUnavailable` without a compiler, without sources, or where compilation fails.
     """
-    report = progress or (lambda line: logger.info("quest_vllm: %s", line))
+    report = progress or build_tools.log_progress
     target = library_path()
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / "lock"):
-            if not target.is_file():
-                report(f"building the C++ kernels into {target.parent} (once, under a minute)")
-                _compile_and_link(target, report)
-    except OSError as error:
-        raise CpuKernelsUnavailable(f"cannot write the library to {target.parent}: {error}") from error
-    return target
+
+    def make() -> None:
+        report(f"building the C++ kernels into {target.parent} (once, under a minute)")
+        _compile_and_link(target, report)
+
+    return build_tools.build_once(target, make)
 
 
 def main() -> int:
     """Build at set-up, with progress on standard output. Returns 0, or 1 with the reason."""
     try:
         path = build(lambda line: print(f"cpu_build: {line}", flush=True))
-    except CpuKernelsUnavailable as error:
+    except KernelsUnavailable as error:
         print(f"cpu_build: {error}", flush=True)
         return 1
     print(f"cpu_build: ready: {path}", flush=True)

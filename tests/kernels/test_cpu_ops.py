@@ -31,7 +31,7 @@ LAYOUTS = [
 def _library() -> None:
     try:
         cpu.load()
-    except cpu.CpuKernelsUnavailable as error:
+    except cpu.KernelsUnavailable as error:
         pytest.skip(f"no C++ kernels: {error}")
 
 
@@ -339,5 +339,5 @@ def test_bad_arguments_say_what_was_expected_and_what_came() -> None:
 def test_library_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("QUEST_VLLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(cpu.CpuKernelsUnavailable, match=r"no C.. compiler: expected CXX=no-such-compiler on PATH"):
+    with pytest.raises(cpu.KernelsUnavailable, match=r"no C.. compiler: expected CXX=no-such-compiler on PATH"):
         cpu.cpu_build.build()

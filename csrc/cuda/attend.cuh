@@ -1,0 +1,280 @@
+// Attention over a row's chosen pages, split over the CTAs of its cluster and their warps, merged on chip.
+//
+// A warp takes 16 tokens at a time: while it works on K, the V of the same tokens arrives, and the other way round.
+// S = q K^T reads K as operand B with D permuted as in QueryFragment, and O^T = V^T P^T reads V as operand A, whose rows
+// (D) may come in any order and whose token pairs are put together by byte permutes. The accumulator of S is operand B
+// of the second product as it stands. Bytes: 4 D a token and KV head.
+#pragma once
+#include "shared.cuh"
+#include "staging.cuh"
+
+namespace quest {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+template <typename T, int D, int kHeadTiles>
+class PageAttention {
+ public:
+  __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* selected)
+      : p_(p), row_(row), staging_(window), selected_(selected) {
+#pragma unroll
+    for (int tile = 0; tile < kHeadTiles; ++tile) {
+      top_[tile] = -INFINITY;
+      mass_[tile] = 0.f;
+#pragma unroll
+      for (int m = 0; m < D / 16; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc_[tile][m][c] = 0.f;
+      }
+    }
+  }
+
+  // Attends to this CTA's part of the entries and leaves the row's output in p.out. `partial`: (kWarps + 1) * rows * D
+  // floats of shared memory, which may be the window itself.
+  __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial) {
+    const int share = div_up(row_.take, row_.size);
+    begin_ = min(row_.rank * share, row_.take);
+    tiles_per_page_ = p_.page_size / kTileTokens;
+    tiles_ = (min(begin_ + share, row_.take) - begin_) * tiles_per_page_;
+    const int mine = tiles_ > warp_id() ? div_up(tiles_ - warp_id(), kWarps) : 0;  // tiles of this warp
+    Tile ahead = look_up(0);
+    Tile next = pick(ahead, 0);
+    fill_keys(next, 0 < mine);
+    fill_values(next, 0 < mine);
+    for (int k = 0; k < mine; ++k) {
+      const int tokens = next.tokens;
+      if ((k + 1) % 32 == 0) ahead = look_up(k + 1);
+      next = pick(ahead, k + 1);
+      float logits[2][4] = {};  // [token group][head n: tokens 2t, 2t + 1; head n + 8: the same]
+      Staging<D>::wait_all_but_one();
+      multiply_keys(query, logits);
+      fill_keys(next, k + 1 < mine);
+      uint32_t weights[kHeadTiles][2];
+#pragma unroll
+      for (int head_tile = 0; head_tile < kHeadTiles; ++head_tile) soften(logits, head_tile, tokens, weights[head_tile]);
+      Staging<D>::wait_all_but_one();
+      multiply_values(weights);
+      fill_values(next, k + 1 < mine);
+    }
+    __syncthreads();  // the window is free for the merge
+    merge_warps(shared, partial);
+    merge_cluster(shared, partial + kWarps * p_.rows * D);
+  }
+
+ private:
+  struct Tile {
+    int block, row, tokens;  // physical block, first row in it, tokens that exist
+  };
+
+  // Each lane looks up one of the warp's next 32 tiles, so that the look-ups' latency is paid once.
+  __device__ __forceinline__ Tile look_up(int k) const {
+    const int tile = (k + lane_id()) * kWarps + warp_id();
+    if (tile >= tiles_) return Tile{0, 0, 0};
+    const int entry = begin_ + tile / tiles_per_page_;
+    const int page = row_.dense ? entry : selected_[entry];
+    if (page < 0) return Tile{0, 0, 0};
+    const int offset = tile % tiles_per_page_ * kTileTokens;
+    const int block = p_.block_table[row_.req * p_.table_req_stride + page / p_.pages_per_block];
+    return Tile{block, page % p_.pages_per_block * p_.page_size + offset,
+                max(0, min(kTileTokens, row_.seq_len - page * p_.page_size - offset))};
+  }
+
+  __device__ __forceinline__ static Tile pick(const Tile& ahead, int k) {
+    return Tile{__shfl_sync(0xFFFFFFFFu, ahead.block, k % 32), __shfl_sync(0xFFFFFFFFu, ahead.row, k % 32),
+                __shfl_sync(0xFFFFFFFFu, ahead.tokens, k % 32)};
+  }
+
+  // Rows that hold no token yet become zeros: what lies there may be NaN.
+  template <typename Layout>
+  __device__ __forceinline__ void fill(int half, const T* rows, int64_t row_stride, int tokens, bool more) {
+    if (more) {
+#pragma unroll
+      for (int i = 0; i < Staging<D>::kCopies; ++i) {
+        const int index = i * 32 + lane_id(), row = index / Staging<D>::kChunks, chunk = index % Staging<D>::kChunks;
+        Staging<D>::copy(staging_.template place<Layout>(half, row, chunk), rows + row * row_stride + chunk * 8, row < tokens);
+      }
+    }
+    Staging<D>::commit();  // an empty group keeps the count
+  }
+
+  __device__ __forceinline__ void fill_keys(const Tile& tile, bool more) {
+    const T* rows = static_cast<const T*>(p_.keys) + tile.block * p_.key_block_stride +
+                    row_.kv_head * p_.key_head_stride + tile.row * p_.key_row_stride;
+    fill<KeyLayout>(0, rows, p_.key_row_stride, tile.tokens, more);
+  }
+
+  __device__ __forceinline__ void fill_values(const Tile& tile, bool more) {
+    const T* rows = static_cast<const T*>(p_.values) + tile.block * p_.value_block_stride +
+                    row_.kv_head * p_.value_head_stride + tile.row * p_.value_row_stride;
+    fill<ValueLayout>(1, rows, p_.value_row_stride, tile.tokens, more);
+  }
+
+  __device__ __forceinline__ void multiply_keys(const QueryFragment<D, kHeadTiles>& query, float (&logits)[2][4]) {
+    const int n = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) {
+      const uint4 q = query.part[0][j];
+      const uint4 q8 = kHeadTiles > 1 ? query.part[kHeadTiles - 1][j] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 key = Staging<D>::read(staging_.template place<KeyLayout>(0, 8 * i + n, 4 * j + t));
+        Half<T>::mma(logits[i], q.x, q8.x, q.y, q8.y, key.x, key.y);
+        Half<T>::mma(logits[i], q.z, q8.z, q.w, q8.w, key.z, key.w);
+      }
+    }
+    __syncwarp();  // everybody has read the half
+  }
+
+  // Online softmax, in powers of two: turns logits into weights and rescales what was gathered so far.
+  __device__ __forceinline__ void soften(const float (&logits)[2][4], int head_tile, int tokens, uint32_t (&weights)[2]) {
+    const int t = lane_id() % 4;
+    float x[2][2];
+    float top = top_[head_tile];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float logit = logits[i][2 * head_tile + c] * p_.scale;
+        if (p_.softcap > 0.f) logit = p_.softcap * tanhf(logit / p_.softcap);
+        x[i][c] = 8 * i + 2 * t + c < tokens ? logit * kLog2e : -INFINITY;
+        top = fmaxf(top, x[i][c]);
+      }
+    }
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+    const float shift = top == -INFINITY ? 0.f : top;
+    const float decay = exp2f(top_[head_tile] - shift);
+    top_[head_tile] = top;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float w0 = exp2f(x[i][0] - shift), w1 = exp2f(x[i][1] - shift);
+      sum += w0 + w1;
+      weights[i] = Half<T>::pack(w0, w1);
+    }
+    mass_[head_tile] = mass_[head_tile] * decay + sum;
+    if (__any_sync(0xFFFFFFFFu, decay != 1.f)) rescale(head_tile, decay);
+  }
+
+  // The accumulator's columns are heads 2t and 2t + 1, whose statistics lie in lanes 8t and 8t + 4.
+  __device__ __forceinline__ void rescale(int head_tile, float decay) {
+    const int t = lane_id() % 4;
+    const float even = __shfl_sync(0xFFFFFFFFu, decay, 8 * t), odd = __shfl_sync(0xFFFFFFFFu, decay, 8 * t + 4);
+#pragma unroll
+    for (int m = 0; m < D / 16; ++m) {
+      acc_[head_tile][m][0] *= even;
+      acc_[head_tile][m][1] *= odd;
+      acc_[head_tile][m][2] *= even;
+      acc_[head_tile][m][3] *= odd;
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kHeadTiles][2]) {
+    const int n = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int j = 0; j < D / 64; ++j) {
+      uint4 value[4];  // tokens 2t, 2t + 1, 2t + 8, 2t + 9; dims 64j + 8n .. + 7
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 2 * t + (i & 1) + 8 * (i / 2);
+        value[i] = Staging<D>::read(staging_.template place<ValueLayout>(1, token, 8 * j + n));
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t v0 = word(value[0], k), v1 = word(value[1], k), v2 = word(value[2], k), v3 = word(value[3], k);
+        const uint32_t a0 = __byte_perm(v0, v1, 0x5410), a1 = __byte_perm(v0, v1, 0x7632);
+        const uint32_t a2 = __byte_perm(v2, v3, 0x5410), a3 = __byte_perm(v2, v3, 0x7632);
+#pragma unroll
+        for (int tile = 0; tile < kHeadTiles; ++tile) {
+          Half<T>::mma(acc_[tile][4 * j + k], a0, a1, a2, a3, weights[tile][0], weights[tile][1]);
+        }
+      }
+    }
+    __syncwarp();  // everybody has read the half
+  }
+
+  __device__ __forceinline__ static uint32_t word(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+  }
+
+  __device__ __forceinline__ void merge_warps(Shared& shared, float* partial) {
+    const int n = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int tile = 0; tile < kHeadTiles; ++tile) {
+      float mass = mass_[tile];
+      mass += __shfl_xor_sync(0xFFFFFFFFu, mass, 1);
+      mass += __shfl_xor_sync(0xFFFFFFFFu, mass, 2);
+      if (t == 0) shared.warp_softmax[warp_id()][tile * 8 + n] = make_float2(top_[tile], mass);
+#pragma unroll
+      for (int m = 0; m < D / 16; ++m) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int head = tile * 8 + 2 * t + c;
+          const int dim = 64 * (m / 4) + 8 * n + 2 * (m % 4);
+          if (head < p_.rows) {
+            float2* place = reinterpret_cast<float2*>(partial + (warp_id() * p_.rows + head) * D + dim);
+            *place = make_float2(acc_[tile][m][c], acc_[tile][m][c + 2]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    float* joined = partial + kWarps * p_.rows * D;
+    for (int i = threadIdx.x; i < p_.rows * D; i += kThreads) {
+      const int head = i / D;
+      const float top = top_of(shared, head);
+      float mass = 0.f, sum = 0.f;
+      for (int w = 0; w < kWarps; ++w) {
+        const float weight = share_of(shared.warp_softmax[w][head].x, top);
+        mass += weight * shared.warp_softmax[w][head].y;
+        sum += weight * partial[w * p_.rows * D + i];
+      }
+      joined[i] = sum;
+      if (i % D == 0) shared.softmax[head] = make_float2(top, mass);
+    }
+  }
+
+  __device__ __forceinline__ static float top_of(const Shared& shared, int head) {
+    float top = -INFINITY;
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_softmax[w][head].x);
+    return top;
+  }
+
+  __device__ __forceinline__ static float share_of(float part_top, float top) {
+    return part_top == -INFINITY ? 0.f : exp2f(part_top - top);
+  }
+
+  // Each CTA finishes a part of the outputs, reading its peers' results from their shared memory.
+  __device__ __forceinline__ void merge_cluster(Shared& shared, float* joined) {
+    cg::cluster_group cluster = cg::this_cluster();
+    cluster.sync();
+    const int count = p_.rows * D;
+    const int share = div_up(count, row_.size);
+    const int end = min(count, (row_.rank + 1) * share);
+    T* out = static_cast<T*>(p_.out) + row_.req * p_.out_req_stride;
+    for (int i = row_.rank * share + threadIdx.x; i < end; i += kThreads) {
+      const int head = i / D;
+      float top = -INFINITY, mass = 0.f, sum = 0.f;
+      for (int c = 0; c < row_.size; ++c) {
+        const float2 theirs = *cluster.map_shared_rank(&shared.softmax[head], c);
+        const float next = fmaxf(top, theirs.x);
+        const float decay = share_of(top, next), weight = share_of(theirs.x, next);
+        mass = mass * decay + theirs.y * weight;
+        sum = sum * decay + *cluster.map_shared_rank(&joined[i], c) * weight;
+        top = next;
+      }
+      out[(row_.head * p_.rows + head) * p_.out_head_stride + i % D] = static_cast<T>(mass == 0.f ? 0.f : sum / mass);
+    }
+    cluster.sync();  // nobody leaves while others read its shared memory
+  }
+
+  const DecodeParams& p_;
+  const Row& row_;
+  Staging<D> staging_;
+  const int32_t* selected_;
+  int begin_, tiles_per_page_, tiles_;  // first entry and tiles of this CTA
+  float acc_[kHeadTiles][D / 16][4];  // [D tile][(d, head 2t), (d, head 2t + 1), (d + 1, 2t), (d + 1, 2t + 1)]
+  float top_[kHeadTiles], mass_[kHeadTiles];
+};
+
+}  // namespace quest

@@ -1,0 +1,123 @@
+// Device helpers shared by the stages: 16-bit arithmetic, tensor-core fragments, block and cluster reductions.
+#pragma once
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.h"
+
+namespace quest {
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxCluster = 16;
+constexpr int kMaxRows = 16;       // query heads that share a selection
+constexpr int kTileTokens = 16;    // tokens that a warp attends to at a time
+constexpr int kBins = kThreads;    // histogram bins of one selection level, one a thread
+constexpr int kCandidates = kThreads;
+
+__device__ __forceinline__ int div_up(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
+
+// Waits for the kernel before, when this one was launched early; else costs nothing.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+template <typename T>
+struct Half;
+
+template <>
+struct Half<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
+  // d = a (16x16, row) * b (16x8, col) + d
+  static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Half<__half> {
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    __half2 v = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+// The same two 16-bit floats with the negative (or the positive) ones made zero.
+__device__ __forceinline__ uint32_t negative_mask(uint32_t x) { return ((x >> 15) & 0x00010001u) * 0xFFFFu; }
+__device__ __forceinline__ uint32_t positive_part(uint32_t x) { return x & ~negative_mask(x); }
+__device__ __forceinline__ uint32_t negative_part(uint32_t x) { return x & negative_mask(x); }
+
+// The query heads of one selection as operand A of the tensor cores, D permuted so that a lane's share is 16 bytes.
+// Lane (n, t) = (lane / 4, lane % 4) holds elements 32j + 8t .. + 7 of head n (and n + 8 in the second tile).
+template <int D, int kHeadTiles>
+struct QueryFragment {
+  uint4 part[kHeadTiles][D / 32];
+
+  template <typename T>
+  __device__ __forceinline__ void load(const T* query, int64_t head_stride, int rows) {
+    const int n = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int tile = 0; tile < kHeadTiles; ++tile) {
+      const int head = tile * 8 + n;
+#pragma unroll
+      for (int j = 0; j < D / 32; ++j) {
+        part[tile][j] = head < rows ? *reinterpret_cast<const uint4*>(query + head * head_stride + j * 32 + t * 8)
+                                    : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+};
+
+template <typename F>
+__device__ __forceinline__ float warp_reduce(float v, F op) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v = op(v, __shfl_xor_sync(0xFFFFFFFFu, v, step));
+  return v;
+}
+
+struct MaxOp {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct MinOp {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
+};
+
+// Exclusive prefix sum over the block's threads; `total` is the sum. Uses kWarps ints of shared memory.
+__device__ __forceinline__ int block_exclusive_scan(int value, int* shared, int& total) {
+  int inclusive = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int up = __shfl_up_sync(0xFFFFFFFFu, inclusive, step);
+    if (lane_id() >= step) inclusive += up;
+  }
+  if (lane_id() == 31) shared[warp_id()] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp_id() ? shared[w] : 0;
+    total += shared[w];
+  }
+  __syncthreads();
+  return before + inclusive - value;
+}
+
+}  // namespace quest

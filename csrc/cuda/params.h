@@ -1,0 +1,52 @@
+// What a launch is told. No CUDA or framework header: quest_vllm/ops/cuda.py mirrors it field by field.
+#pragma once
+#include <stdint.h>
+
+namespace quest {
+
+enum GroupReduction : int32_t { kMax = 0, kMean = 1, kMass = 2 };
+enum Stage : int32_t { kScore = 1, kSelect = 2, kAttend = 4 };
+
+// H is the number of selection heads; `rows` query heads share one selection. Strides count elements.
+struct DecodeParams {
+  const void* query;            // [num_reqs, H * rows, D]
+  const void* keys;             // [num_blocks, num_kv_heads, block_size, D]
+  const void* values;           // [num_blocks, num_kv_heads, block_size, D]
+  const void* summaries;        // [num_blocks, num_kv_heads, pages_per_block, 2, D]
+  const int32_t* block_table;   // [num_reqs, max_blocks]
+  const int32_t* seq_lens;      // [num_reqs]
+  const int32_t* page_budgets;  // [num_reqs]
+  float* scores;                // [num_reqs, H, max_pages]; may be null when all stages run
+  float* score_scratch;         // [num_reqs, H, rows or 1, max_pages]; null when a CTA's share fits shared memory
+  int32_t* selected;            // [num_reqs, H, selected_width]
+  void* out;                    // [num_reqs, H * rows, D]
+  int64_t query_req_stride, query_head_stride;
+  int64_t key_block_stride, key_head_stride, key_row_stride;
+  int64_t value_block_stride, value_head_stride, value_row_stride;
+  int64_t summary_block_stride, summary_head_stride, summary_page_stride, summary_bound_stride;
+  int64_t table_req_stride;
+  int64_t out_req_stride, out_head_stride;
+  int32_t num_reqs, num_select_heads, rows, heads_per_kv;
+  int32_t page_size, pages_per_block, max_pages, selected_width;
+  int32_t sink_pages, recent_pages;
+  int32_t reduction, stages;
+  int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
+  float bound_radius, scale, softcap;
+  int32_t dependent_launch;  // nonzero: start while the kernel before drains (programmatic dependent launch)
+};
+
+struct WriteParams {
+  const void* key;              // [num_tokens, num_kv_heads, D]
+  const void* value;            // [num_tokens, num_kv_heads, D]
+  void* keys;                   // [num_blocks, num_kv_heads, block_size, D]
+  void* values;                 // [num_blocks, num_kv_heads, block_size, D]
+  void* summaries;              // [num_blocks, num_kv_heads, pages_per_block, 2, D]
+  const int64_t* slot_mapping;  // [num_tokens]; negative: padding
+  int64_t key_token_stride, key_head_stride_in, value_token_stride, value_head_stride_in;
+  int64_t key_block_stride, key_head_stride, key_row_stride;
+  int64_t value_block_stride, value_head_stride, value_row_stride;
+  int64_t summary_block_stride, summary_head_stride, summary_page_stride, summary_bound_stride;
+  int32_t num_tokens, num_kv_heads, page_size, block_size;
+};
+
+}  // namespace quest

@@ -1,0 +1,129 @@
+// The whole of Quest's decode attention in one launch: score, select, attend, merge. One cluster of CTAs serves a
+// (request, selection head); scores, histograms and partial outputs stay in its shared memory. Loop bounds come from
+// seq_lens and page_budgets on the device, so one captured CUDA graph serves every mix of lengths and budgets, and a
+// row whose budget covers its context goes straight to attention.
+//
+// Compiled once per head_dim: -DQUEST_HEAD_DIM=64, 128 or 256.
+#include "attend.cuh"
+#include "score.cuh"
+#include "select.cuh"
+
+namespace quest {
+
+__device__ __forceinline__ void exchange_scores(const DecodeParams& p, const Row& row, float* buffer, int64_t row_offset,
+                                                bool store) {
+  if (p.scores == nullptr) return;
+  float* global = p.scores + row_offset;
+  for (int page = row.begin + threadIdx.x; page < row.end; page += kThreads) {
+    if (store) {
+      global[page] = buffer[page - row.begin];
+    } else {
+      buffer[page - row.begin] = global[page];
+    }
+  }
+  __syncthreads();
+}
+
+// Staging halves of all warps, or the partial outputs of the merge that takes their place.
+template <int D>
+__host__ __device__ constexpr int window_bytes(int rows) {
+  const int merge = (kWarps + 1) * rows * D * static_cast<int>(sizeof(float));
+  return Staging<D>::kWarpBytes * kWarps > merge ? Staging<D>::kWarpBytes * kWarps : merge;
+}
+
+template <typename T, int D, int kHeadTiles>
+__global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ Shared shared;
+  extern __shared__ float4 window[];  // the warps' staging halves, later the merge; then the scores
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
+  wait_for_previous_kernel();
+  const Row row = Row::make(p);
+  if (row.rank >= row.size) return;  // a barrier counts those that have not left
+  const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
+  const int planes = p.reduction == kMass ? p.rows : 1;
+  float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(window) + window_bytes<D>(p.rows));
+  int64_t plane_stride = p.shared_pages;
+  if (p.score_scratch != nullptr) {
+    buffer = p.score_scratch + row_index * planes * p.max_pages + row.begin;
+    plane_stride = p.max_pages;
+  }
+  int32_t* selected = p.selected + row_index * p.selected_width;
+  QueryFragment<D, kHeadTiles> query;
+  query.load(static_cast<const T*>(p.query) + row.req * p.query_req_stride +
+                 static_cast<int64_t>(row.head) * p.rows * p.query_head_stride,
+             p.query_head_stride, p.rows);
+  // a CTA's shared memory may be written by its peers once it runs
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  // no score is needed where nothing competes, unless somebody reads them
+  const bool choose = (p.stages & kSelect) && !row.dense && row.take > 0;
+  if ((p.stages & kScore) && row.total > 0 && ((choose && row.ranked > 0) || p.stages == kScore)) {
+    PageScorer<T, D, kHeadTiles>(p, row, window, buffer, plane_stride).run(query, shared);
+    if (p.reduction == kMass) {
+      cg::this_cluster().sync();
+      normalise_mass(p, row, shared, buffer, plane_stride);
+    }
+    __syncthreads();
+    exchange_scores(p, row, buffer, row_index * p.max_pages, true);
+  } else if (choose) {
+    exchange_scores(p, row, buffer, row_index * p.max_pages, false);
+  }
+  if (choose) {
+    PageSelector(p, row, shared, buffer).run(selected);
+    cg::this_cluster().sync();  // the list is whole, and its readers see it
+  }
+  if (p.stages & kAttend) {
+    PageAttention<T, D, kHeadTiles>(p, row, window, selected).run(query, shared, reinterpret_cast<float*>(window));
+  } else {
+    cg::this_cluster().sync();
+  }
+}
+
+template <typename T, int D, int kHeadTiles>
+cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
+  auto kernel = quest_decode_kernel<T, D, kHeadTiles>;
+  const int planes = p.reduction == kMass ? p.rows : 1;
+  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.shared_pages;
+  const size_t bytes = window_bytes<D>(p.rows) + score_bytes;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  if (p.cluster_size > 8) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = p.cluster_size;
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(p.cluster_size, p.num_select_heads, p.num_reqs);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = p.dependent_launch ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <typename T>
+cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream) {
+  if (p.rows <= 8) return launch<T, QUEST_HEAD_DIM, 1>(p, stream);
+#if QUEST_HEAD_DIM <= 128
+  if (p.rows <= 16) return launch<T, QUEST_HEAD_DIM, 2>(p, stream);
+#endif
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace quest
+
+// Both return a cudaError_t; `bfloat16` tells the two 16-bit types apart.
+extern "C" __attribute__((visibility("default"))) int quest_decode(const quest::DecodeParams* p, int bfloat16, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  return bfloat16 ? quest::launch_rows<__nv_bfloat16>(*p, s) : quest::launch_rows<__half>(*p, s);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* quest_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}

@@ -1,0 +1,55 @@
+// A warp's window on memory: two halves of shared memory that asynchronous copies fill while the other is read.
+//
+// A half holds 16 rows of D elements, in chunks of 16 bytes. Chunks are permuted within their row so that the reads
+// below meet no bank twice: KeyLayout for rows read as operand B (a lane reads row n, chunk 4j + t), ValueLayout for
+// rows read as operand A (a lane reads rows 2t and 2t + 1, chunk 8j + n).
+#pragma once
+#include "common.cuh"
+
+namespace quest {
+
+struct KeyLayout {
+  static __device__ __forceinline__ int chunk(int row, int chunk) { return chunk ^ ((row & 1) << 2); }
+};
+struct ValueLayout {
+  static __device__ __forceinline__ int chunk(int row, int chunk) { return chunk ^ (((row >> 1) & 3) << 1); }
+};
+
+template <int D>
+struct Staging {
+  static constexpr int kChunks = D / 8;           // chunks of a row
+  static constexpr int kHalfBytes = 16 * D * 2;
+  static constexpr int kWarpBytes = 2 * kHalfBytes;
+  static constexpr int kCopies = 16 * kChunks / 32;  // copies that a lane makes to fill a half
+
+  uint32_t base;  // shared-memory address of the warp's window
+
+  __device__ __forceinline__ explicit Staging(void* window)
+      : base(static_cast<uint32_t>(__cvta_generic_to_shared(window)) + warp_id() * kWarpBytes) {}
+
+  template <typename Layout>
+  __device__ __forceinline__ uint32_t place(int half, int row, int chunk) const {
+    return base + half * kHalfBytes + (row * kChunks + Layout::chunk(row, chunk)) * 16;
+  }
+
+  // Starts to copy 16 bytes; what is not `valid` becomes zero, and is not read.
+  __device__ __forceinline__ static void copy(uint32_t to, const void* from, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  }
+  __device__ __forceinline__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+  // Waits until at most one half is still being filled, for the whole warp.
+  __device__ __forceinline__ static void wait_all_but_one() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ static uint4 read(uint32_t place) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(place) : "memory");
+    return v;
+  }
+};
+
+}  // namespace quest

@@ -1,0 +1,128 @@
+// Stores new keys and values, and refreshes the summaries of the pages that they touch, in one launch.
+//
+// One warp serves a (token, KV head). The warp of a page's last token in this call recomputes the page's min/max over
+// rows 0 to its own: rows of this call from the input, earlier ones from the cache, so that no warp waits for another.
+// A reused block's stale summary is never read.
+#include "common.cuh"
+
+namespace quest {
+
+constexpr int kMaxPageSize = 256;
+
+template <typename T>
+struct Vector8 {
+  T item[8];
+  __device__ __forceinline__ static Vector8 load(const T* p) {
+    Vector8 v;
+    *reinterpret_cast<uint4*>(v.item) = *reinterpret_cast<const uint4*>(p);
+    return v;
+  }
+};
+
+// Keep NaN, as torch's amin and amax do.
+__device__ __forceinline__ float nan_min(float a, float b) { return a != a ? a : b != b ? b : fminf(a, b); }
+__device__ __forceinline__ float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
+
+// source[r]: the token of this call that wrote row r of the page, or -1. Returns whether `token` is the page's last.
+__device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int* source) {
+  const int64_t page = slot / p.page_size;
+  for (int row = lane_id(); row < p.page_size; row += 32) source[row] = -1;
+  __syncwarp();
+  bool later = false;
+  const int begin = max(0, token - p.page_size + 1), end = min(p.num_tokens, token + p.page_size);
+  for (int other = begin + lane_id(); other < end; other += 32) {
+    const int64_t theirs = p.slot_mapping[other];
+    if (theirs >= 0 && theirs / p.page_size == page) {
+      source[theirs % p.page_size] = other;
+      later |= theirs > slot;
+    }
+  }
+  __syncwarp();
+  return !__any_sync(0xFFFFFFFFu, later);
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, int head, const int* source) {
+  constexpr int kLanes = D / 8, kRows = 32 / kLanes;  // lanes to a row, rows at a time
+  const int part = lane_id() % kLanes, block_row = static_cast<int>(slot % p.block_size);
+  const int first = block_row / p.page_size * p.page_size, count = block_row - first + 1;
+  const T* cached = static_cast<const T*>(p.keys) + slot / p.block_size * p.key_block_stride + head * p.key_head_stride;
+  float low[8], high[8];
+  for (int i = 0; i < 8; ++i) {
+    low[i] = INFINITY;
+    high[i] = -INFINITY;
+  }
+#pragma unroll 4
+  for (int row = lane_id() / kLanes; row < count; row += kRows) {
+    const int from = p.key == nullptr ? -1 : source[row];
+    const T* place = from < 0 ? cached + (first + row) * p.key_row_stride
+                              : static_cast<const T*>(p.key) + from * p.key_token_stride + head * p.key_head_stride_in;
+    const Vector8<T> key = Vector8<T>::load(place + part * 8);
+    for (int i = 0; i < 8; ++i) {
+      low[i] = nan_min(low[i], static_cast<float>(key.item[i]));
+      high[i] = nan_max(high[i], static_cast<float>(key.item[i]));
+    }
+  }
+  for (int step = kLanes; step < 32; step *= 2) {
+    for (int i = 0; i < 8; ++i) {
+      low[i] = nan_min(low[i], __shfl_xor_sync(0xFFFFFFFFu, low[i], step));
+      high[i] = nan_max(high[i], __shfl_xor_sync(0xFFFFFFFFu, high[i], step));
+    }
+  }
+  if (lane_id() >= kLanes) return;
+  T* summary = static_cast<T*>(p.summaries) + slot / p.block_size * p.summary_block_stride +
+               head * p.summary_head_stride + block_row / p.page_size * p.summary_page_stride + part * 8;
+  uint4 packed_low, packed_high;
+  for (int i = 0; i < 4; ++i) {
+    (&packed_low.x)[i] = Half<T>::pack(low[2 * i], low[2 * i + 1]);
+    (&packed_high.x)[i] = Half<T>::pack(high[2 * i], high[2 * i + 1]);
+  }
+  *reinterpret_cast<uint4*>(summary) = packed_low;
+  *reinterpret_cast<uint4*>(summary + p.summary_bound_stride) = packed_high;
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constant__ WriteParams p) {
+  __shared__ int sources[kWarps][kMaxPageSize];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
+  if (unit >= static_cast<int64_t>(p.num_tokens) * p.num_kv_heads) return;
+  const int token = static_cast<int>(unit / p.num_kv_heads), head = static_cast<int>(unit % p.num_kv_heads);
+  const int64_t slot = p.slot_mapping[token];
+  if (slot < 0) return;
+  if (p.key != nullptr) {
+    const int64_t block = slot / p.block_size, row = slot % p.block_size;
+    const T* key = static_cast<const T*>(p.key) + token * p.key_token_stride + head * p.key_head_stride_in;
+    const T* value = static_cast<const T*>(p.value) + token * p.value_token_stride + head * p.value_head_stride_in;
+    T* key_out = static_cast<T*>(p.keys) + block * p.key_block_stride + head * p.key_head_stride + row * p.key_row_stride;
+    T* value_out =
+        static_cast<T*>(p.values) + block * p.value_block_stride + head * p.value_head_stride + row * p.value_row_stride;
+    for (int i = lane_id(); i < D / 4; i += 32) {  // D / 8 vectors of the key, then as many of the value
+      const int at = i % (D / 8) * 8;
+      const uint4 vector = *reinterpret_cast<const uint4*>((i < D / 8 ? key : value) + at);
+      *reinterpret_cast<uint4*>((i < D / 8 ? key_out : value_out) + at) = vector;
+    }
+  }
+  if (find_page_rows(p, token, slot, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
+}
+
+template <typename T>
+cudaError_t launch_write(const WriteParams& p, cudaStream_t stream) {
+  const int64_t units = static_cast<int64_t>(p.num_tokens) * p.num_kv_heads;
+  if (units == 0) return cudaSuccess;
+  write_kv_kernel<T, QUEST_HEAD_DIM><<<static_cast<unsigned>((units + kWarps - 1) / kWarps), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace quest
+
+extern "C" __attribute__((visibility("default"))) int quest_write_kv(const quest::WriteParams* p, int bfloat16, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  return bfloat16 ? quest::launch_write<__nv_bfloat16>(*p, s) : quest::launch_write<__half>(*p, s);
+}
+
+// What ctypes has to agree with.
+extern "C" __attribute__((visibility("default"))) int quest_params_size(int which) {
+  return static_cast<int>(which == 0 ? sizeof(quest::DecodeParams) : sizeof(quest::WriteParams));
+}

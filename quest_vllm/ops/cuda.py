@@ -1,0 +1,367 @@
+"""The operations as CUDA C++ kernels for Hopper (csrc/cuda), and the whole chain in one launch, :func:`quest_decode`.
+
+Shapes and semantics are those of :mod:`quest_vllm.ops.reference`. The three stages run by themselves for tests and
+measurement; serving uses the fused launch, in which scores and partial results never leave the chip. Every launch is
+safe inside a CUDA graph. Limits, each checked: bfloat16 or float16, head_dim 64, 128 or 256, page_size a multiple of 16
+up to 256, at most 16 query heads a selection (8 at head_dim 256). Nothing falls back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from quest_vllm.ops import cuda_build
+from quest_vllm.ops.build_tools import KernelsUnavailable
+from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
+
+MAX_CLUSTER = 16
+SHARED_SCORE_BYTES = 36 * 1024  # two CTAs fit an SM, at head_dim 128
+SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
+TARGET_CTAS = 2 * 132  # two on every SM of an H100 or H200
+
+
+@functools.cache
+def load(head_dim: int) -> ctypes.CDLL:
+    """Build the library for ``head_dim`` if need be, and load it. Raises :class:`KernelsUnavailable`."""
+    path = cuda_build.build(head_dim)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot load {path}: {error}") from error
+    library.quest_error_string.restype = ctypes.c_char_p
+    for name in ("quest_decode", "quest_write_kv"):
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    sizes = [library.quest_params_size(which) for which in (0, 1)]
+    if sizes != [ctypes.sizeof(DecodeParams), ctypes.sizeof(WriteParams)]:
+        raise KernelsUnavailable(f"{path} disagrees with cuda_params.py about the parameters' sizes {sizes}")
+    return library
+
+
+def check_device(device: torch.device) -> None:
+    """Raise :class:`KernelsUnavailable` unless ``device`` has thread block clusters."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        raise KernelsUnavailable(f"the CUDA kernels are built for compute capability 9.0, this GPU has {capability}")
+
+
+def _check_rows(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.stride(-1) != 1 or any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1]):
+        raise ValueError(f"{name}: expected contiguous rows on 16-byte boundaries, got strides {tensor.stride()}")
+
+
+def _check_index(tensor: torch.Tensor, name: str, dtype: torch.dtype = torch.int32) -> None:
+    if tensor.dtype != dtype or tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}")
+
+
+def _check_pages(page_size: int, block_size: int) -> None:
+    if page_size % 16 or not 16 <= page_size <= 256 or block_size % page_size:
+        raise ValueError(
+            f"page_size: expected a multiple of 16 up to 256 that divides the block size {block_size}, got {page_size}"
+        )
+
+
+def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype: torch.dtype) -> None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected bfloat16 or float16, got {dtype}")
+    library = load(head_dim)
+    stream = torch.cuda.current_stream().cuda_stream
+    error = getattr(library, name)(ctypes.byref(params), int(dtype == torch.bfloat16), stream)
+    if error:
+        raise RuntimeError(f"{name}: {library.quest_error_string(error).decode()}")
+
+
+def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
+    """CTAs that serve one (request, head): as many as the GPU holds at once, a power of two up to 16.
+
+    It depends on the batch's size, never on its content.
+    """
+    wanted = TARGET_CTAS // max(1, num_reqs * num_select_heads)
+    return min(MAX_CLUSTER, 1 << max(0, wanted.bit_length() - 1)) if wanted else 1
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a launch's shapes come down to."""
+
+    num_reqs: int
+    num_select_heads: int
+    rows: int
+    head_dim: int
+    max_pages: int
+
+
+def _size_scores(params: DecodeParams, shape: _Shape, planes: int, device: torch.device) -> torch.Tensor | None:
+    """Keep a CTA's scores in its shared memory where the longest context fits, else in a scratch tensor."""
+    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
+    params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
+    if 4 * planes * params.shared_pages <= SHARED_SCORE_BYTES:
+        return None
+    size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
+    scratch = torch.empty(size, dtype=torch.float32, device=device)
+    params.score_scratch = scratch.data_ptr()
+    return scratch
+
+
+def _common(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    per_query_head: bool,
+    page_size: int,
+    cluster_size: int | None,
+) -> tuple[DecodeParams, _Shape]:
+    """Fill what every stage needs. ``cache`` is the keys or the summaries."""
+    num_reqs, num_q_heads, head_dim = query.shape
+    num_kv_heads = cache.shape[1]
+    select_heads = num_q_heads if per_query_head else num_kv_heads
+    pages_per_block = cache.shape[2] if cache.dim() == 5 else cache.shape[2] // page_size
+    _check_pages(page_size, pages_per_block * page_size)
+    _check_rows(query, "query", query.dtype)
+    _check_index(block_table, "block_table")
+    _check_index(seq_lens, "seq_lens")
+    _check_index(page_budgets, "page_budgets")
+    shape = _Shape(
+        num_reqs, select_heads, num_q_heads // select_heads, head_dim, block_table.shape[1] * pages_per_block
+    )
+    most = 8 if head_dim > 128 else 16
+    if shape.rows > most:
+        raise ValueError(f"query heads a selection: expected at most {most} at head_dim {head_dim}, got {shape.rows}")
+    params = DecodeParams(
+        query=query.data_ptr(),
+        block_table=block_table.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        page_budgets=page_budgets.data_ptr(),
+        query_req_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        table_req_stride=block_table.stride(0),
+        num_reqs=num_reqs,
+        num_select_heads=select_heads,
+        rows=shape.rows,
+        heads_per_kv=num_q_heads // num_kv_heads,
+        page_size=page_size,
+        pages_per_block=pages_per_block,
+        max_pages=shape.max_pages,
+        selected_width=shape.max_pages,
+        bound_radius=1.0,
+        scale=1.0,
+        cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
+        dependent_launch=1,
+    )
+    return params, shape
+
+
+def _set_summaries(params: DecodeParams | WriteParams, summaries: torch.Tensor, dtype: torch.dtype) -> None:
+    _check_rows(summaries, "summaries", dtype)
+    params.summaries = summaries.data_ptr()
+    block, head, page, bound = summaries.stride()[:4]
+    params.summary_block_stride, params.summary_head_stride = block, head
+    params.summary_page_stride, params.summary_bound_stride = page, bound
+
+
+def _set_caches(params: DecodeParams | WriteParams, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    _check_rows(keys, "key_cache", dtype)
+    _check_rows(values, "value_cache", dtype)
+    params.keys, params.values = keys.data_ptr(), values.data_ptr()
+    params.key_block_stride, params.key_head_stride, params.key_row_stride = keys.stride()[:3]
+    params.value_block_stride, params.value_head_stride, params.value_row_stride = values.stride()[:3]
+
+
+def quest_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    out: torch.Tensor | None = None,
+    selected: torch.Tensor | None = None,
+    cluster_size: int | None = None,
+) -> torch.Tensor:
+    """Score, select and attend in one launch: the composition of the reference's three operations.
+
+    ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
+    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``selected`` (``[num_reqs,
+    num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded.
+    """
+    params, shape = _common(
+        query, key_cache, block_table, seq_lens, page_budgets, group_reduction == "per_query_head", page_size, cluster_size
+    )
+    out = torch.empty_like(query) if out is None else out
+    if out.numel() == 0:
+        return out
+    _set_caches(params, key_cache, value_cache, query.dtype)
+    _set_summaries(params, summaries, query.dtype)
+    if selected is None:
+        size = (shape.num_reqs, shape.num_select_heads, shape.max_pages)
+        selected = torch.empty(size, dtype=torch.int32, device=query.device)
+    params.selected, params.out = selected.data_ptr(), out.data_ptr()
+    params.out_req_stride, params.out_head_stride = out.stride()[:2]
+    params.sink_pages, params.recent_pages = sink_pages, recent_pages
+    params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
+    params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
+    # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
+    scratch = _size_scores(params, shape, shape.rows if group_reduction == "mass" else 1, query.device)
+    _launch("quest_decode", shape.head_dim, params, query.dtype)
+    del scratch
+    return out
+
+
+def score_pages(
+    query: torch.Tensor,
+    summaries: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    scale: float = 1.0,
+    cluster_size: int | None = None,
+) -> torch.Tensor:
+    """Run the score stage alone; see :func:`quest_vllm.ops.reference.score_pages`."""
+    budgets = torch.zeros_like(seq_lens)
+    per_query_head = group_reduction == "per_query_head"
+    params, shape = _common(query, summaries, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
+    size = (shape.num_reqs, shape.num_select_heads, shape.max_pages)
+    scores = torch.full(size, float("-inf"), dtype=torch.float32, device=query.device)
+    if scores.numel() == 0:
+        return scores
+    _set_summaries(params, summaries, query.dtype)
+    params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
+    params.bound_radius, params.scale = bound_radius, scale
+    scratch = _size_scores(params, shape, shape.rows if group_reduction == "mass" else 1, query.device)
+    _launch("quest_decode", shape.head_dim, params, query.dtype)
+    del scratch
+    return scores
+
+
+def select_pages(
+    page_scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    max_page_budget: int,
+    cluster_size: int | None = None,
+) -> torch.Tensor:
+    """Run the selection stage alone; see :func:`quest_vllm.ops.reference.select_pages`."""
+    num_reqs, heads, max_pages = page_scores.shape
+    device = page_scores.device
+    selected = torch.full((num_reqs, heads, max_page_budget), -1, dtype=torch.int32, device=device)
+    if selected.numel() == 0:
+        return selected
+    head_dim = cuda_build.HEAD_DIMS[0]  # the stage reads no key
+    query = torch.zeros(num_reqs, heads, head_dim, dtype=torch.bfloat16, device=device)
+    cache = query.new_zeros(1, heads, page_size, head_dim)
+    table = torch.zeros(num_reqs, max_pages, dtype=torch.int32, device=device)
+    params, shape = _common(query, cache, table, seq_lens, page_budgets, False, page_size, cluster_size)
+    scores = page_scores.contiguous()
+    params.scores, params.selected, params.stages = scores.data_ptr(), selected.data_ptr(), SELECT
+    params.selected_width, params.sink_pages, params.recent_pages = max_page_budget, sink_pages, recent_pages
+    scratch = _size_scores(params, shape, 1, device)
+    _launch("quest_decode", head_dim, params, query.dtype)
+    del scratch
+    return selected
+
+
+def sparse_paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    selected_pages: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    cluster_size: int | None = None,
+) -> torch.Tensor:
+    """Run the attention stage alone; see :func:`quest_vllm.ops.reference.sparse_paged_attention`."""
+    out = torch.zeros_like(query)
+    width = selected_pages.shape[2]
+    if out.numel() == 0 or width == 0:
+        return out
+    budgets = torch.full_like(seq_lens, width)
+    per_query_head = selected_pages.shape[1] == query.shape[1]
+    params, shape = _common(query, key_cache, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
+    _set_caches(params, key_cache, value_cache, query.dtype)
+    selected = selected_pages.contiguous()
+    params.selected, params.selected_width, params.out = selected.data_ptr(), width, out.data_ptr()
+    params.out_req_stride, params.out_head_stride = out.stride()[:2]
+    params.stages, params.scale, params.softcap = ATTEND, scale, softcap
+    _launch("quest_decode", shape.head_dim, params, query.dtype)
+    return out
+
+
+def _write_params(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, page_size: int
+) -> WriteParams:
+    _check_index(slot_mapping, "slot_mapping", torch.int64)
+    _check_pages(page_size, key_cache.shape[2])
+    params = WriteParams(
+        slot_mapping=slot_mapping.data_ptr(),
+        num_tokens=slot_mapping.shape[0],
+        num_kv_heads=key_cache.shape[1],
+        page_size=page_size,
+        block_size=key_cache.shape[2],
+    )
+    _set_summaries(params, summaries, key_cache.dtype)
+    return params
+
+
+def update_page_summaries(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+) -> None:
+    """Refresh the summaries alone; see :func:`quest_vllm.ops.reference.update_page_summaries`.
+
+    The tokens of one page must lie within ``page_size`` positions of one another in ``slot_mapping``.
+    """
+    params = _write_params(key_cache, summaries, slot_mapping, page_size)
+    _set_caches(params, key_cache, key_cache, key_cache.dtype)
+    _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+) -> None:
+    """Store ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]`` and refresh the summaries, in one launch.
+
+    Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
+    :func:`update_page_summaries`.
+    """
+    params = _write_params(key_cache, summaries, slot_mapping, page_size)
+    _set_caches(params, key_cache, value_cache, key.dtype)
+    _check_rows(key, "key", key.dtype)
+    _check_rows(value, "value", key.dtype)
+    params.key, params.value = key.data_ptr(), value.data_ptr()
+    params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
+    params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+    _launch("quest_write_kv", key_cache.shape[3], params, key.dtype)

@@ -1,0 +1,44 @@
+"""csrc/cuda/params.h in ctypes, field by field; the library tells its sizes, so that a drift shows at load time."""
+
+from __future__ import annotations
+
+import ctypes
+
+REDUCTIONS = {"max": 0, "per_query_head": 0, "mean": 1, "mass": 2}
+SCORE, SELECT, ATTEND = 1, 2, 4
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class DecodeParams(ctypes.Structure):
+    """One launch of quest_decode; see csrc/cuda/params.h for the shapes."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets"),
+        *_fields(ctypes.c_void_p, "scores score_scratch selected out"),
+        *_fields(ctypes.c_int64, "query_req_stride query_head_stride"),
+        *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
+        *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
+        *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
+        *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride"),
+        *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
+        *_fields(ctypes.c_int32, "page_size pages_per_block max_pages selected_width"),
+        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size shared_pages"),
+        *_fields(ctypes.c_float, "bound_radius scale softcap"),
+        *_fields(ctypes.c_int32, "dependent_launch"),
+    ]
+
+
+class WriteParams(ctypes.Structure):
+    """One launch of write_kv; see csrc/cuda/params.h for the shapes."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "key value keys values summaries slot_mapping"),
+        *_fields(ctypes.c_int64, "key_token_stride key_head_stride_in value_token_stride value_head_stride_in"),
+        *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
+        *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
+        *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
+        *_fields(ctypes.c_int32, "num_tokens num_kv_heads page_size block_size"),
+    ]
