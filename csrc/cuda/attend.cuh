@@ -5,12 +5,9 @@
 // (D) may come in any order and whose token pairs are put together by byte permutes. The accumulator of S is operand B
 // of the second product as it stands. Bytes: 4 D a token and KV head.
 #pragma once
-#include "shared.cuh"
-#include "staging.cuh"
+#include "score.cuh"
 
 namespace quest {
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T, int D, int kHeadTiles>
 class PageAttention {
@@ -29,18 +26,18 @@ class PageAttention {
     }
   }
 
-  // Attends to this CTA's part of the entries and leaves the row's output in p.out. `partial`: (kWarps + 1) * rows * D
-  // floats of shared memory, which may be the window itself.
-  __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial) {
+  // Attends to this CTA's part of the entries and leaves the row's output in p.out. In shared memory: `partial`, kWarps *
+  // rows * D floats, which may be the window itself; `inbox`, inbox_floats<D>(rows) that nothing else uses.
+  __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial, float* inbox) {
     const int share = div_up(row_.take, row_.size);
     begin_ = min(row_.rank * share, row_.take);
-    tiles_per_page_ = p_.page_size / kTileTokens;
-    tiles_ = (min(begin_ + share, row_.take) - begin_) * tiles_per_page_;
+    tiles_ = (min(begin_ + share, row_.take) - begin_) << (p_.page_shift - kTileShift);
     const int mine = tiles_ > warp_id() ? div_up(tiles_ - warp_id(), kWarps) : 0;  // tiles of this warp
     Tile ahead = look_up(0);
     Tile next = pick(ahead, 0);
     fill_keys(next, 0 < mine);
     fill_values(next, 0 < mine);
+#pragma unroll 1
     for (int k = 0; k < mine; ++k) {
       const int tokens = next.tokens;
       if ((k + 1) % 32 == 0) ahead = look_up(k + 1);
@@ -57,8 +54,11 @@ class PageAttention {
       fill_values(next, k + 1 < mine);
     }
     __syncthreads();  // the window is free for the merge
-    merge_warps(shared, partial);
-    merge_cluster(shared, partial + kWarps * p_.rows * D);
+    mark(p_, 4);
+    leave_partial(shared, partial);
+    send(shared, partial, inbox);
+    cluster_sync();
+    receive(shared, inbox);
   }
 
  private:
@@ -70,13 +70,13 @@ class PageAttention {
   __device__ __forceinline__ Tile look_up(int k) const {
     const int tile = (k + lane_id()) * kWarps + warp_id();
     if (tile >= tiles_) return Tile{0, 0, 0};
-    const int entry = begin_ + tile / tiles_per_page_;
+    const int entry = begin_ + (tile >> (p_.page_shift - kTileShift));
     const int page = row_.dense ? entry : selected_[entry];
     if (page < 0) return Tile{0, 0, 0};
-    const int offset = tile % tiles_per_page_ * kTileTokens;
-    const int block = p_.block_table[row_.req * p_.table_req_stride + page / p_.pages_per_block];
-    return Tile{block, page % p_.pages_per_block * p_.page_size + offset,
-                max(0, min(kTileTokens, row_.seq_len - page * p_.page_size - offset))};
+    const int offset = (tile << kTileShift) & ((1 << p_.page_shift) - 1);
+    const int block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
+    return Tile{block, ((page & ((1 << p_.block_shift) - 1)) << p_.page_shift) + offset,
+                max(0, min(kTileTokens, row_.seq_len - (page << p_.page_shift) - offset))};
   }
 
   __device__ __forceinline__ static Tile pick(const Tile& ahead, int k) {
@@ -134,26 +134,31 @@ class PageAttention {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float logit = logits[i][2 * head_tile + c] * p_.scale;
-        if (p_.softcap > 0.f) logit = p_.softcap * tanhf(logit / p_.softcap);
-        x[i][c] = 8 * i + 2 * t + c < tokens ? logit * kLog2e : -INFINITY;
+        float logit = logits[i][2 * head_tile + c] * (p_.scale * kLog2e);
+        if (p_.softcap > 0.f) logit = cap(logit);
+        x[i][c] = 8 * i + 2 * t + c < tokens ? logit : -INFINITY;
         top = fmaxf(top, x[i][c]);
       }
     }
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
     const float shift = top == -INFINITY ? 0.f : top;
-    const float decay = exp2f(top_[head_tile] - shift);
+    const float decay = exp2_fast(top_[head_tile] - shift);
     top_[head_tile] = top;
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float w0 = exp2f(x[i][0] - shift), w1 = exp2f(x[i][1] - shift);
+      const float w0 = exp2_fast(x[i][0] - shift), w1 = exp2_fast(x[i][1] - shift);
       sum += w0 + w1;
       weights[i] = Half<T>::pack(w0, w1);
     }
     mass_[head_tile] = mass_[head_tile] * decay + sum;
     if (__any_sync(0xFFFFFFFFu, decay != 1.f)) rescale(head_tile, decay);
+  }
+
+  // softcap * tanh(logit / softcap), in powers of two: tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x.
+  __device__ __forceinline__ float cap(float logit) const {
+    return p_.softcap * kLog2e * (1.f - __fdividef(2.f, exp2_fast(2.f * logit / p_.softcap) + 1.f));
   }
 
   // The accumulator's columns are heads 2t and 2t + 1, whose statistics lie in lanes 8t and 8t + 4.
@@ -197,7 +202,7 @@ class PageAttention {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
 
-  __device__ __forceinline__ void merge_warps(Shared& shared, float* partial) {
+  __device__ __forceinline__ void leave_partial(Shared& shared, float* partial) {
     const int n = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
@@ -219,60 +224,58 @@ class PageAttention {
       }
     }
     __syncthreads();
-    float* joined = partial + kWarps * p_.rows * D;
-    for (int i = threadIdx.x; i < p_.rows * D; i += kThreads) {
-      const int head = i / D;
-      const float top = top_of(shared, head);
-      float mass = 0.f, sum = 0.f;
-      for (int w = 0; w < kWarps; ++w) {
-        const float weight = share_of(shared.warp_softmax[w][head].x, top);
-        mass += weight * shared.warp_softmax[w][head].y;
-        sum += weight * partial[w * p_.rows * D + i];
-      }
-      joined[i] = sum;
-      if (i % D == 0) shared.softmax[head] = make_float2(top, mass);
-    }
-  }
-
-  __device__ __forceinline__ static float top_of(const Shared& shared, int head) {
-    float top = -INFINITY;
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_softmax[w][head].x);
-    return top;
   }
 
   __device__ __forceinline__ static float share_of(float part_top, float top) {
-    return part_top == -INFINITY ? 0.f : exp2f(part_top - top);
+    return part_top == -INFINITY ? 0.f : exp2_fast(part_top - top);
   }
 
-  // Each CTA finishes a part of the outputs, reading its peers' results from their shared memory.
-  __device__ __forceinline__ void merge_cluster(Shared& shared, float* joined) {
-    cg::cluster_group cluster = cg::this_cluster();
-    cluster.sync();
-    const int count = p_.rows * D;
-    const int share = div_up(count, row_.size);
-    const int end = min(count, (row_.rank + 1) * share);
-    T* out = static_cast<T*>(p_.out) + row_.req * p_.out_req_stride;
-    for (int i = row_.rank * share + threadIdx.x; i < end; i += kThreads) {
+  // Joins the warps' results, and sends each part of them to the CTA that finishes it.
+  __device__ __forceinline__ void send(Shared& shared, const float* partial, float* inbox) {
+    const int count = p_.rows * D, share = div_up(count, row_.size);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
       const int head = i / D;
       float top = -INFINITY, mass = 0.f, sum = 0.f;
-      for (int c = 0; c < row_.size; ++c) {
-        const float2 theirs = *cluster.map_shared_rank(&shared.softmax[head], c);
-        const float next = fmaxf(top, theirs.x);
-        const float decay = share_of(top, next), weight = share_of(theirs.x, next);
-        mass = mass * decay + theirs.y * weight;
-        sum = sum * decay + *cluster.map_shared_rank(&joined[i], c) * weight;
-        top = next;
+#pragma unroll 4
+      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_softmax[w][head].x);
+#pragma unroll 4
+      for (int w = 0; w < kWarps; ++w) {
+        const float weight = share_of(shared.warp_softmax[w][head].x, top);
+        mass += weight * shared.warp_softmax[w][head].y;
+        sum += weight * partial[w * count + i];
       }
-      out[(row_.head * p_.rows + head) * p_.out_head_stride + i % D] = static_cast<T>(mass == 0.f ? 0.f : sum / mass);
+      const int owner = i / share;
+      put(&inbox[row_.rank * share + i - owner * share], owner, sum);
+      if (i % D < row_.size) put(&shared.softmax_inbox[row_.rank][head], i % D, make_float2(top, mass));
     }
-    cluster.sync();  // nobody leaves while others read its shared memory
+  }
+
+  __device__ __forceinline__ void receive(Shared& shared, const float* inbox) {
+    const int count = p_.rows * D, share = div_up(count, row_.size);
+    const int begin = row_.rank * share, end = min(count, begin + share);
+    T* out = static_cast<T*>(p_.out) + row_.req * p_.out_req_stride + row_.head * p_.rows * p_.out_head_stride;
+#pragma unroll 1
+    for (int i = begin + threadIdx.x; i < end; i += kThreads) {
+      const int head = i / D;
+      float top = -INFINITY, mass = 0.f, sum = 0.f;
+#pragma unroll 4
+      for (int c = 0; c < row_.size; ++c) top = fmaxf(top, shared.softmax_inbox[c][head].x);
+#pragma unroll 4
+      for (int c = 0; c < row_.size; ++c) {
+        const float weight = share_of(shared.softmax_inbox[c][head].x, top);
+        mass += weight * shared.softmax_inbox[c][head].y;
+        sum += weight * inbox[c * share + i - begin];
+      }
+      out[head * p_.out_head_stride + i % D] = static_cast<T>(mass == 0.f ? 0.f : sum / mass);
+    }
   }
 
   const DecodeParams& p_;
   const Row& row_;
   Staging<D> staging_;
   const int32_t* selected_;
-  int begin_, tiles_per_page_, tiles_;  // first entry and tiles of this CTA
+  int begin_, tiles_;  // first entry and tiles of this CTA
   float acc_[kHeadTiles][D / 16][4];  // [D tile][(d, head 2t), (d, head 2t + 1), (d + 1, 2t), (d + 1, 2t + 1)]
   float top_[kHeadTiles], mass_[kHeadTiles];
 };

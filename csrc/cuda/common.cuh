@@ -1,19 +1,18 @@
 // Device helpers shared by the stages: 16-bit arithmetic, tensor-core fragments, block and cluster reductions.
 #pragma once
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "params.h"
 
 namespace quest {
-namespace cg = cooperative_groups;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRows = 16;       // query heads that share a selection
-constexpr int kTileTokens = 16;    // tokens that a warp attends to at a time
+constexpr int kTileShift = 4;
+constexpr int kTileTokens = 1 << kTileShift;  // tokens that a warp attends to at a time
 constexpr int kBins = kThreads;    // histogram bins of one selection level, one a thread
 constexpr int kCandidates = kThreads;
 
@@ -37,7 +36,7 @@ struct Half<__nv_bfloat16> {
   // d = a (16x16, row) * b (16x8, col) + d
   static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -52,7 +51,7 @@ struct Half<__half> {
   }
   static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -85,22 +84,67 @@ struct QueryFragment {
   }
 };
 
-template <typename F>
-__device__ __forceinline__ float warp_reduce(float v, F op) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v = op(v, __shfl_xor_sync(0xFFFFFFFFu, v, step));
-  return v;
+// A cluster's shared memory. A CTA writes into its peers' inboxes and then meets them at a barrier.
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-struct MaxOp {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-struct MinOp {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
-};
+__device__ __forceinline__ uint32_t peer_address(const void* mine, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(mine))), "r"(rank));
+  return address;
+}
 
-// Exclusive prefix sum over the block's threads; `total` is the sum. Uses kWarps ints of shared memory.
-__device__ __forceinline__ int block_exclusive_scan(int value, int* shared, int& total) {
+__device__ __forceinline__ void put(const unsigned long long* place, int rank, unsigned long long value) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(peer_address(place, rank)), "l"(value) : "memory");
+}
+__device__ __forceinline__ void put(const int2* place, int rank, int2 value) {
+  asm volatile("st.shared::cluster.v2.s32 [%0], {%1, %2};" ::"r"(peer_address(place, rank)), "r"(value.x), "r"(value.y) : "memory");
+}
+__device__ __forceinline__ void put(const float* place, int rank, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(place, rank)), "f"(value) : "memory");
+}
+__device__ __forceinline__ void put(const float2* place, int rank, float2 value) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(peer_address(place, rank)), "f"(value.x), "f"(value.y) : "memory");
+}
+__device__ __forceinline__ void put(const float4* place, int rank, float4 value) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(peer_address(place, rank)), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+__device__ __forceinline__ int get(const int* place, int rank) {
+  int value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(peer_address(place, rank)) : "memory");
+  return value;
+}
+
+// Approximate to two units in the last place; both take and give infinities.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Least and greatest over the warp.
+__device__ __forceinline__ float2 warp_range(float2 range) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    range.x = fminf(range.x, __shfl_xor_sync(0xFFFFFFFFu, range.x, step));
+    range.y = fmaxf(range.y, __shfl_xor_sync(0xFFFFFFFFu, range.y, step));
+  }
+  return range;
+}
+
+// Exclusive prefix sum over the block's threads, by way of kWarps ints of shared memory.
+__device__ __forceinline__ int block_exclusive_scan(int value, int* shared) {
   int inclusive = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -110,12 +154,8 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int* shared, int&
   if (lane_id() == 31) shared[warp_id()] = inclusive;
   __syncthreads();
   int before = 0;
-  total = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    before += w < warp_id() ? shared[w] : 0;
-    total += shared[w];
-  }
+  for (int w = 0; w < kWarps; ++w) before += w < warp_id() ? shared[w] : 0;
   __syncthreads();
   return before + inclusive - value;
 }

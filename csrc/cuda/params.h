@@ -5,6 +5,9 @@
 namespace quest {
 
 enum GroupReduction : int32_t { kMax = 0, kMean = 1, kMass = 2 };
+// Where a CTA's clock is read: start, inputs known, scored, selected, attended, done.
+constexpr int kMarks = 6;
+
 enum Stage : int32_t { kScore = 1, kSelect = 2, kAttend = 4 };
 
 // H is the number of selection heads; `rows` query heads share one selection. Strides count elements.
@@ -20,6 +23,7 @@ struct DecodeParams {
   float* score_scratch;         // [num_reqs, H, rows or 1, max_pages]; null when a CTA's share fits shared memory
   int32_t* selected;            // [num_reqs, H, selected_width]
   void* out;                    // [num_reqs, H * rows, D]
+  int64_t* timeline;            // [num_reqs, H, cluster_size, kMarks] clock ticks of a CTA; null: not measured
   int64_t query_req_stride, query_head_stride;
   int64_t key_block_stride, key_head_stride, key_row_stride;
   int64_t value_block_stride, value_head_stride, value_row_stride;
@@ -27,10 +31,12 @@ struct DecodeParams {
   int64_t table_req_stride;
   int64_t out_req_stride, out_head_stride;
   int32_t num_reqs, num_select_heads, rows, heads_per_kv;
-  int32_t page_size, pages_per_block, max_pages, selected_width;
+  int32_t page_shift, block_shift;  // log2 of tokens in a page and of pages in a block
+  int32_t max_pages, selected_width;
   int32_t sink_pages, recent_pages;
   int32_t reduction, stages;
-  int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
+  int32_t cluster_size, fair_size;  // CTAs of a cluster; those that serve a row of middling work
+  int32_t shared_pages;             // pages of a CTA whose scores fit its shared memory
   float bound_radius, scale, softcap;
   int32_t dependent_launch;  // nonzero: start while the kernel before drains (programmatic dependent launch)
 };

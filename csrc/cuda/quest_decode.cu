@@ -10,25 +10,35 @@
 
 namespace quest {
 
-__device__ __forceinline__ void exchange_scores(const DecodeParams& p, const Row& row, float* buffer, int64_t row_offset,
-                                                bool store) {
-  if (p.scores == nullptr) return;
-  float* global = p.scores + row_offset;
+// The scores leave for whoever asked for them; kMass counts in powers of two up to here.
+__device__ __forceinline__ void store_scores(const DecodeParams& p, const Row& row, float* global, const float* buffer) {
+  const float unit = p.reduction == kMass ? 1.f / kLog2e : 1.f;
+#pragma unroll 1
+  for (int page = row.begin + threadIdx.x; page < row.end; page += kThreads) global[page] = buffer[page - row.begin] * unit;
+}
+
+// The selection stage by itself: returns the scores' range.
+__device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, const float* global, float* buffer) {
+  float2 range = make_float2(INFINITY, -INFINITY);
+#pragma unroll 1
   for (int page = row.begin + threadIdx.x; page < row.end; page += kThreads) {
-    if (store) {
-      global[page] = buffer[page - row.begin];
-    } else {
-      buffer[page - row.begin] = global[page];
-    }
+    const float score = buffer[page - row.begin] = global[page];
+    if (row.competes(page) && fabsf(score) < INFINITY) range = make_float2(fminf(range.x, score), fmaxf(range.y, score));
   }
-  __syncthreads();
+  return share_range(row.rank, row.size, shared, range);
 }
 
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
 template <int D>
 __host__ __device__ constexpr int window_bytes(int rows) {
-  const int merge = (kWarps + 1) * rows * D * static_cast<int>(sizeof(float));
+  const int merge = kWarps * rows * D * static_cast<int>(sizeof(float));
   return Staging<D>::kWarpBytes * kWarps > merge ? Staging<D>::kWarpBytes * kWarps : merge;
+}
+
+// What peers send of their outputs: a part from each, rounded up.
+template <int D>
+__host__ __device__ constexpr int inbox_bytes(int rows) {
+  return (rows * D + kMaxCluster) * static_cast<int>(sizeof(float));
 }
 
 template <typename T, int D, int kHeadTiles>
@@ -37,11 +47,13 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1)
   extern __shared__ float4 window[];  // the warps' staging halves, later the merge; then the scores
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
   wait_for_previous_kernel();
+  mark(p, 0);
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
   const int planes = p.reduction == kMass ? p.rows : 1;
-  float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(window) + window_bytes<D>(p.rows));
+  float* inbox = reinterpret_cast<float*>(reinterpret_cast<char*>(window) + window_bytes<D>(p.rows));
+  float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + inbox_bytes<D>(p.rows));
   int64_t plane_stride = p.shared_pages;
   if (p.score_scratch != nullptr) {
     buffer = p.score_scratch + row_index * planes * p.max_pages + row.begin;
@@ -54,28 +66,28 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1)
              p.query_head_stride, p.rows);
   // a CTA's shared memory may be written by its peers once it runs
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  mark(p, 1);
   // no score is needed where nothing competes, unless somebody reads them
   const bool choose = (p.stages & kSelect) && !row.dense && row.take > 0;
+  float2 range = make_float2(0.f, 0.f);
   if ((p.stages & kScore) && row.total > 0 && ((choose && row.ranked > 0) || p.stages == kScore)) {
-    PageScorer<T, D, kHeadTiles>(p, row, window, buffer, plane_stride).run(query, shared);
-    if (p.reduction == kMass) {
-      cg::this_cluster().sync();
-      normalise_mass(p, row, shared, buffer, plane_stride);
-    }
-    __syncthreads();
-    exchange_scores(p, row, buffer, row_index * p.max_pages, true);
-  } else if (choose) {
-    exchange_scores(p, row, buffer, row_index * p.max_pages, false);
+    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, plane_stride).run(query, shared);
+    if (p.scores != nullptr) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
+  } else if (choose && !(p.stages & kScore)) {
+    range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);
   }
+  mark(p, 2);
   if (choose) {
-    PageSelector(p, row, shared, buffer).run(selected);
-    cg::this_cluster().sync();  // the list is whole, and its readers see it
+    PageSelector(row, shared, buffer).run(range, selected);
+    cluster_sync();  // the list is whole, and its readers see it
   }
+  mark(p, 3);
   if (p.stages & kAttend) {
-    PageAttention<T, D, kHeadTiles>(p, row, window, selected).run(query, shared, reinterpret_cast<float*>(window));
+    PageAttention<T, D, kHeadTiles>(p, row, window, selected).run(query, shared, reinterpret_cast<float*>(window), inbox);
   } else {
-    cg::this_cluster().sync();
+    cluster_sync();  // nobody leaves while others write to its inbox
   }
+  mark(p, 5);
 }
 
 template <typename T, int D, int kHeadTiles>
@@ -83,7 +95,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   auto kernel = quest_decode_kernel<T, D, kHeadTiles>;
   const int planes = p.reduction == kMass ? p.rows : 1;
   const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.shared_pages;
-  const size_t bytes = window_bytes<D>(p.rows) + score_bytes;
+  const size_t bytes = window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   if (p.cluster_size > 8) {

@@ -9,12 +9,21 @@
 
 namespace quest {
 
-// (max, sum of exp) of two disjoint sets joined.
-__device__ __forceinline__ float2 join_mass(float2 a, float2 b) {
-  const float top = fmaxf(a.x, b.x);
-  if (top == -INFINITY) return make_float2(-INFINITY, 0.f);
-  return make_float2(top, a.y * __expf(a.x - top) + b.y * __expf(b.x - top));
-}
+constexpr float kLog2e = 1.4426950408889634f;
+
+// (max, sum of exp2, min) of a set of bounds.
+struct Mass {
+  float top, sum, least;
+
+  __device__ __forceinline__ static Mass none() { return Mass{-INFINITY, 0.f, INFINITY}; }
+  __device__ __forceinline__ void join(float other_top, float other_sum, float other_least) {
+    const float next = fmaxf(top, other_top);
+    sum = (sum > 0.f ? sum * exp2_fast(top - next) : 0.f) + (other_sum > 0.f ? other_sum * exp2_fast(other_top - next) : 0.f);
+    top = next;
+    least = fminf(least, other_least);
+  }
+  __device__ __forceinline__ void join(const float4& other) { join(other.x, other.y, other.z); }
+};
 
 template <typename T, int D, int kHeadTiles>
 class PageScorer {
@@ -24,21 +33,27 @@ class PageScorer {
                                         int64_t plane_stride)
       : p_(p), row_(row), staging_(window), buffer_(buffer), plane_stride_(plane_stride) {}
 
-  // Scores pages [row.begin, row.end): a warp takes eight at a time. For kMass also shares the CTA's mass.
-  __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared) {
+  // Scores pages [row.begin, row.end), a warp eight at a time, and meets the cluster. Returns the scores' range over the
+  // cluster: all of them, but for kMass a rough one.
+  __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared) {
 #pragma unroll
-    for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = make_float2(-INFINITY, 0.f);
+    for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
     const int groups = div_up(row_.end - row_.begin, 8);
     const int mine = groups > warp_id() ? div_up(groups - warp_id(), kWarps) : 0;  // groups of this warp
-    int64_t ahead = look_up(0);
-    for (int k = 0; k < 2; ++k) fill(k, mine, ahead);
-    for (int k = 0; k < mine; ++k) {
-      Staging<D>::wait_all_but_one();
-      score(query, k);
+    int64_t ahead = 0;
+#pragma unroll 1
+    for (int k = -2; k < mine; ++k) {
+      if (k >= 0) {
+        Staging<D>::wait_all_but_one();
+        score(query, k);
+      }
       if ((k + 2) % kLookUp == 0) ahead = look_up(k + 2);
       fill(k + 2, mine, ahead);
     }
-    if (p_.reduction == kMass) share_mass(shared);
+    if (p_.reduction != kMass) return share_range(row_.rank, row_.size, shared, range_);
+    share_mass(shared);
+    cluster_sync();
+    return normalise(shared);
   }
 
  private:
@@ -50,8 +65,8 @@ class PageScorer {
   __device__ __forceinline__ int64_t look_up(int group) const {
     const int page = page_of(group + lane_id() / 8) + lane_id() % 8;
     if (page >= row_.end) return 0;
-    const int64_t block = p_.block_table[row_.req * p_.table_req_stride + page / p_.pages_per_block];
-    return block * p_.summary_block_stride + page % p_.pages_per_block * p_.summary_page_stride;
+    const int64_t block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
+    return block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
   }
 
   // k_min of the group's pages goes to rows 0-7, k_max to rows 8-15.
@@ -114,8 +129,9 @@ class PageScorer {
         const float value = mix(sums[tile][c], sums[tile][c + 2]);
         if (p_.reduction == kMass) {
           if (used && valid) {
-            buffer_[(tile * 8 + n) * plane_stride_ + page + c - row_.begin] = p_.scale * value;
-            mass_[tile] = join_mass(mass_[tile], make_float2(p_.scale * value, 1.f));
+            const float log2_weight = p_.scale * kLog2e * value;
+            buffer_[(tile * 8 + n) * plane_stride_ + page + c - row_.begin] = log2_weight;
+            mass_[tile].join(log2_weight, 1.f, log2_weight);
           }
         } else if (used) {
           score[c] = p_.reduction == kMean ? score[c] + value : nan_max(score[c], value);
@@ -133,8 +149,14 @@ class PageScorer {
     }
     if (n == 0) {
       const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
+#pragma unroll
       for (int c = 0; c < 2; ++c) {
-        if (page + c < row_.end) buffer_[page + c - row_.begin] = score[c] * weight;
+        if (page + c >= row_.end) continue;
+        const float final_score = score[c] * weight;
+        buffer_[page + c - row_.begin] = final_score;
+        if (row_.competes(page + c) && fabsf(final_score) < INFINITY) {
+          range_ = make_float2(fminf(range_.x, final_score), fmaxf(range_.y, final_score));
+        }
       }
     }
   }
@@ -145,21 +167,64 @@ class PageScorer {
   __device__ __forceinline__ void share_mass(Shared& shared) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
+      Mass& mass = mass_[tile];
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) {
-        const float2 other = make_float2(__shfl_xor_sync(0xFFFFFFFFu, mass_[tile].x, step),
-                                         __shfl_xor_sync(0xFFFFFFFFu, mass_[tile].y, step));
-        mass_[tile] = join_mass(mass_[tile], other);
+        mass.join(__shfl_xor_sync(0xFFFFFFFFu, mass.top, step), __shfl_xor_sync(0xFFFFFFFFu, mass.sum, step),
+                  __shfl_xor_sync(0xFFFFFFFFu, mass.least, step));
       }
-      if (lane_id() % 4 == 0) shared.warp_mass[warp_id()][tile * 8 + lane_id() / 4] = mass_[tile];
+      if (lane_id() % 4 == 0) {
+        shared.warp_mass[warp_id()][tile * 8 + lane_id() / 4] = make_float4(mass.top, mass.sum, mass.least, 0.f);
+      }
     }
     __syncthreads();
     const int head = threadIdx.x % kMaxRows, peer = threadIdx.x / kMaxRows;
     if (head < p_.rows && peer < row_.size) {
-      float2 mass = make_float2(-INFINITY, 0.f);
-      for (int w = 0; w < kWarps; ++w) mass = join_mass(mass, shared.warp_mass[w][head]);
-      *cg::this_cluster().map_shared_rank(&shared.mass_inbox[row_.rank][head], peer) = mass;
+      Mass mass = Mass::none();
+#pragma unroll 1
+      for (int w = 0; w < kWarps; ++w) mass.join(shared.warp_mass[w][head]);
+      put(&shared.mass_inbox[row_.rank][head], peer, make_float4(mass.top, mass.sum, mass.least, 0.f));
     }
+  }
+
+  // Turns the heads' planes into one: score = log2(sum over heads of exp2(s - log_sum)), the page's normalised mass.
+  __device__ __forceinline__ float2 normalise(Shared& shared) {
+    if (warp_id() == 0) {
+      Mass mass = Mass::none();
+      const int head = lane_id();
+      if (head < p_.rows) {
+#pragma unroll 1
+        for (int c = 0; c < row_.size; ++c) mass.join(shared.mass_inbox[c][head]);
+        shared.log_sum[head] = mass.top + log2_fast(mass.sum);
+      }
+      const float log_sum = mass.top + log2_fast(mass.sum);
+      // a page weighs at least what its heads' least bounds weigh, and at most what their greatest do
+      float low = head < p_.rows ? mass.least - log_sum : -INFINITY;
+      float high = head < p_.rows ? exp2_fast(mass.top - log_sum) : 0.f;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        low = fmaxf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
+        high += __shfl_xor_sync(0xFFFFFFFFu, high, step);
+      }
+      if (lane_id() == 0) shared.warp_range[0] = make_float2(low, log2_fast(high));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int page = threadIdx.x; page < row_.end - row_.begin; page += kThreads) {
+      float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
+      for (int head = 0; head < p_.rows; ++head) {
+        top = fmaxf(top, buffer_[head * plane_stride_ + page] - shared.log_sum[head]);
+      }
+#pragma unroll 1
+      for (int head = 0; head < p_.rows; ++head) {
+        sum += exp2_fast(buffer_[head * plane_stride_ + page] - shared.log_sum[head] - top);
+      }
+      buffer_[page] = top + log2_fast(sum);
+    }
+    const float2 range = shared.warp_range[0];
+    __syncthreads();
+    return range.x > -1e30f && range.y < 1e30f ? range : make_float2(-100.f, 10.f);
   }
 
   const DecodeParams& p_;
@@ -167,26 +232,8 @@ class PageScorer {
   Staging<D> staging_;
   float* buffer_;
   int64_t plane_stride_;
-  float2 mass_[kHeadTiles];
+  Mass mass_[kHeadTiles];
+  float2 range_ = make_float2(INFINITY, -INFINITY);
 };
-
-// After the masses were exchanged: score = log(sum over heads of exp(s - lse)), the page's normalised mass.
-__device__ __forceinline__ void normalise_mass(const DecodeParams& p, const Row& row, Shared& shared, float* buffer,
-                                               int64_t plane_stride) {
-  if (threadIdx.x < p.rows) {
-    float2 mass = make_float2(-INFINITY, 0.f);
-    for (int c = 0; c < row.size; ++c) mass = join_mass(mass, shared.mass_inbox[c][threadIdx.x]);
-    shared.softmax[threadIdx.x].x = mass.x + __logf(mass.y);
-  }
-  __syncthreads();
-  for (int page = threadIdx.x; page < row.end - row.begin; page += kThreads) {
-    float2 sum = make_float2(-INFINITY, 0.f);
-    for (int head = 0; head < p.rows; ++head) {
-      sum = join_mass(sum, make_float2(buffer[head * plane_stride + page] - shared.softmax[head].x, 1.f));
-    }
-    buffer[page] = sum.x + __logf(sum.y);
-  }
-  __syncthreads();
-}
 
 }  // namespace quest

@@ -22,20 +22,19 @@ struct Staging {
   static constexpr int kWarpBytes = 2 * kHalfBytes;
   static constexpr int kCopies = 16 * kChunks / 32;  // copies that a lane makes to fill a half
 
-  uint32_t base;  // shared-memory address of the warp's window
+  char* base;  // the warp's window
 
-  __device__ __forceinline__ explicit Staging(void* window)
-      : base(static_cast<uint32_t>(__cvta_generic_to_shared(window)) + warp_id() * kWarpBytes) {}
+  __device__ __forceinline__ explicit Staging(void* window) : base(static_cast<char*>(window) + warp_id() * kWarpBytes) {}
 
   template <typename Layout>
-  __device__ __forceinline__ uint32_t place(int half, int row, int chunk) const {
+  __device__ __forceinline__ char* place(int half, int row, int chunk) const {
     return base + half * kHalfBytes + (row * kChunks + Layout::chunk(row, chunk)) * 16;
   }
 
   // Starts to copy 16 bytes; what is not `valid` becomes zero, and is not read.
-  __device__ __forceinline__ static void copy(uint32_t to, const void* from, bool valid) {
+  __device__ __forceinline__ static void copy(char* to, const void* from, bool valid) {
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes) : "memory");
   }
   __device__ __forceinline__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -45,11 +44,7 @@ struct Staging {
     __syncwarp();
   }
 
-  __device__ __forceinline__ static uint4 read(uint32_t place) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(place) : "memory");
-    return v;
-  }
+  __device__ __forceinline__ static uint4 read(const char* place) { return *reinterpret_cast<const uint4*>(place); }
 };
 
 }  // namespace quest

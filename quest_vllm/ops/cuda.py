@@ -2,8 +2,8 @@
 
 Shapes and semantics are those of :mod:`quest_vllm.ops.reference`. The three stages run by themselves for tests and
 measurement; serving uses the fused launch, in which scores and partial results never leave the chip. Every launch is
-safe inside a CUDA graph. Limits, each checked: bfloat16 or float16, head_dim 64, 128 or 256, page_size a multiple of 16
-up to 256, at most 16 query heads a selection (8 at head_dim 256). Nothing falls back.
+safe inside a CUDA graph. Limits, each checked: bfloat16 or float16, head_dim 64, 128 or 256, page_size a power of two
+from 16 to 256, at most 16 query heads a selection (8 at head_dim 256). Nothing falls back.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from quest_vllm.ops import cuda_build
 from quest_vllm.ops.build_tools import KernelsUnavailable
 from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
 
-MAX_CLUSTER = 16
-SHARED_SCORE_BYTES = 36 * 1024  # two CTAs fit an SM, at head_dim 128
+MAX_CLUSTER = 8  # what every GPU with clusters can schedule
+PAGE_SIZES = (16, 32, 64, 128, 256)
+SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
+ALL_SCORE_BYTES = 80 * 1024  # one CTA fits an SM, at any head_dim and number of rows
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
-TARGET_CTAS = 2 * 132  # two on every SM of an H100 or H200
+NUM_SMS = 132  # of an H100 or H200
 
 
 @functools.cache
@@ -61,9 +63,11 @@ def _check_index(tensor: torch.Tensor, name: str, dtype: torch.dtype = torch.int
 
 
 def _check_pages(page_size: int, block_size: int) -> None:
-    if page_size % 16 or not 16 <= page_size <= 256 or block_size % page_size:
+    pages = block_size // page_size
+    if page_size not in PAGE_SIZES or block_size % page_size or pages & (pages - 1):
         raise ValueError(
-            f"page_size: expected a multiple of 16 up to 256 that divides the block size {block_size}, got {page_size}"
+            f"page_size: expected one of {PAGE_SIZES} that divides the block size {block_size} into 1, 2, 4, ... pages, "
+            f"got {page_size}"
         )
 
 
@@ -77,13 +81,20 @@ def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype:
         raise RuntimeError(f"{name}: {library.quest_error_string(error).decode()}")
 
 
-def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
-    """CTAs that serve one (request, head): as many as the GPU holds at once, a power of two up to 16.
+def cluster_sizes(num_reqs: int, num_select_heads: int) -> tuple[int, int]:
+    """CTAs of a (request, head)'s cluster, and how many of them serve a row of middling work.
 
-    It depends on the batch's size, never on its content.
+    Both are powers of two and depend on the batch's size, never on its content. The fair share fills the GPU once; the
+    rest of the cluster is for rows that are much longer than most, and leaves at once otherwise.
     """
-    wanted = TARGET_CTAS // max(1, num_reqs * num_select_heads)
-    return min(MAX_CLUSTER, 1 << max(0, wanted.bit_length() - 1)) if wanted else 1
+    clusters = max(1, num_reqs * num_select_heads)
+    fair = min(MAX_CLUSTER, _power_of_two(NUM_SMS // clusters))
+    spare = 4 if clusters <= 2 * NUM_SMS else 2
+    return max(fair, spare), fair
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -99,9 +110,13 @@ class _Shape:
 
 def _size_scores(params: DecodeParams, shape: _Shape, planes: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where the longest context fits, else in a scratch tensor."""
-    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
+    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.fair_size))
     params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    if 4 * planes * params.shared_pages <= SHARED_SCORE_BYTES:
+    needed = 4 * planes * params.shared_pages
+    if needed <= SHARED_SCORE_BYTES:
+        return None
+    if needed <= ALL_SCORE_BYTES and shape.num_reqs * shape.num_select_heads * params.fair_size <= NUM_SMS:
+        params.cluster_size = params.fair_size  # one CTA fits an SM, and no other needs a place
         return None
     size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
@@ -135,6 +150,7 @@ def _common(
     most = 8 if head_dim > 128 else 16
     if shape.rows > most:
         raise ValueError(f"query heads a selection: expected at most {most} at head_dim {head_dim}, got {shape.rows}")
+    sizes = cluster_sizes(num_reqs, select_heads) if cluster_size is None else (cluster_size, cluster_size)
     params = DecodeParams(
         query=query.data_ptr(),
         block_table=block_table.data_ptr(),
@@ -147,13 +163,14 @@ def _common(
         num_select_heads=select_heads,
         rows=shape.rows,
         heads_per_kv=num_q_heads // num_kv_heads,
-        page_size=page_size,
-        pages_per_block=pages_per_block,
+        page_shift=page_size.bit_length() - 1,
+        block_shift=pages_per_block.bit_length() - 1,
         max_pages=shape.max_pages,
         selected_width=shape.max_pages,
         bound_radius=1.0,
         scale=1.0,
-        cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
+        cluster_size=sizes[0],
+        fair_size=sizes[1],
         dependent_launch=1,
     )
     return params, shape
@@ -193,13 +210,15 @@ def quest_decode(
     recent_pages: int = 2,
     out: torch.Tensor | None = None,
     selected: torch.Tensor | None = None,
+    timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
     all of it. Returns ``out`` (made when None), the query's shape and dtype. ``selected`` (``[num_reqs,
-    num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded.
+    num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded;
+    ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
     """
     params, shape = _common(
         query, key_cache, block_table, seq_lens, page_budgets, group_reduction == "per_query_head", page_size, cluster_size
@@ -214,6 +233,7 @@ def quest_decode(
         selected = torch.empty(size, dtype=torch.int32, device=query.device)
     params.selected, params.out = selected.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
+    params.timeline = None if timeline is None else timeline.data_ptr()
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
