@@ -246,8 +246,8 @@ class PageAttention {
         sum += weight * partial[w * count + i];
       }
       const int owner = i / share;
-      put(&inbox[row_.rank * share + i - owner * share], owner, sum);
-      if (i % D < row_.size) put(&shared.softmax_inbox[row_.rank][head], i % D, make_float2(top, mass));
+      put(&inbox[row_.rank * share + i - owner * share], row_.peer(owner), sum);
+      if (i % D < row_.size) put(&shared.softmax_inbox[row_.rank][head], row_.peer(i % D), make_float2(top, mass));
     }
   }
 

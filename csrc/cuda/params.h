@@ -35,8 +35,7 @@ struct DecodeParams {
   int32_t max_pages, selected_width;
   int32_t sink_pages, recent_pages;
   int32_t reduction, stages;
-  int32_t cluster_size, fair_size;  // CTAs of a cluster; those that serve a row of middling work
-  int32_t shared_pages;             // pages of a CTA whose scores fit its shared memory
+  int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
   float bound_radius, scale, softcap;
   int32_t dependent_launch;  // nonzero: start while the kernel before drains (programmatic dependent launch)
 };

@@ -25,7 +25,7 @@ __device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, co
     const float score = buffer[page - row.begin] = global[page];
     if (row.competes(page) && fabsf(score) < INFINITY) range = make_float2(fminf(range.x, score), fmaxf(range.y, score));
   }
-  return share_range(row.rank, row.size, shared, range);
+  return share_range(row, shared, range);
 }
 
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
@@ -44,7 +44,7 @@ __host__ __device__ constexpr int inbox_bytes(int rows) {
 template <typename T, int D, int kHeadTiles>
 __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ Shared shared;
-  extern __shared__ float4 window[];  // the warps' staging halves, later the merge; then the scores
+  extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
   wait_for_previous_kernel();
   mark(p, 0);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1)
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
   const int planes = p.reduction == kMass ? p.rows : 1;
-  float* inbox = reinterpret_cast<float*>(reinterpret_cast<char*>(window) + window_bytes<D>(p.rows));
+  float* inbox = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
   float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + inbox_bytes<D>(p.rows));
   int64_t plane_stride = p.shared_pages;
   if (p.score_scratch != nullptr) {

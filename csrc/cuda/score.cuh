@@ -40,17 +40,20 @@ class PageScorer {
     for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
     const int groups = div_up(row_.end - row_.begin, 8);
     const int mine = groups > warp_id() ? div_up(groups - warp_id(), kWarps) : 0;  // groups of this warp
-    int64_t ahead = 0;
+    int64_t ahead = look_up(0), beyond = look_up(kLookUp);
 #pragma unroll 1
     for (int k = -2; k < mine; ++k) {
       if (k >= 0) {
         Staging<D>::wait_all_but_one();
         score(query, k);
       }
-      if ((k + 2) % kLookUp == 0) ahead = look_up(k + 2);
+      if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
+        ahead = beyond;
+        beyond = look_up(k + 2 + kLookUp);
+      }
       fill(k + 2, mine, ahead);
     }
-    if (p_.reduction != kMass) return share_range(row_.rank, row_.size, shared, range_);
+    if (p_.reduction != kMass) return share_range(row_, shared, range_);
     share_mass(shared);
     cluster_sync();
     return normalise(shared);
@@ -88,7 +91,7 @@ class PageScorer {
 
   __device__ __forceinline__ void score(const QueryFragment<D, kHeadTiles>& query, int group) {
     const int n = lane_id() / 4, t = lane_id() % 4;
-    float sums[kHeadTiles][4] = {};
+    float sums[kHeadTiles][2][4] = {};  // two sums of each: half as long a chain of dependent products
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) {
       const uint4 low = Staging<D>::read(staging_.template place<KeyLayout>(group % 2, n, 4 * j + t));
@@ -101,13 +104,13 @@ class PageScorer {
   }
 
   // Rows 0-7 gather the upper bound, rows 8-15 the lower one.
-  __device__ __forceinline__ static void bound(float (&sum)[4], uint4 q, uint4 low, uint4 high) {
+  __device__ __forceinline__ static void bound(float (&sums)[2][4], uint4 q, uint4 low, uint4 high) {
     const uint32_t pos[4] = {positive_part(q.x), positive_part(q.y), positive_part(q.z), positive_part(q.w)};
     const uint32_t neg[4] = {negative_part(q.x), negative_part(q.y), negative_part(q.z), negative_part(q.w)};
-    Half<T>::mma(sum, pos[0], neg[0], pos[1], neg[1], high.x, high.y);
-    Half<T>::mma(sum, neg[0], pos[0], neg[1], pos[1], low.x, low.y);
-    Half<T>::mma(sum, pos[2], neg[2], pos[3], neg[3], high.z, high.w);
-    Half<T>::mma(sum, neg[2], pos[2], neg[3], pos[3], low.z, low.w);
+    Half<T>::mma(sums[0], pos[0], neg[0], pos[1], neg[1], high.x, high.y);
+    Half<T>::mma(sums[1], neg[0], pos[0], neg[1], pos[1], low.x, low.y);
+    Half<T>::mma(sums[0], pos[2], neg[2], pos[3], neg[3], high.z, high.w);
+    Half<T>::mma(sums[1], neg[2], pos[2], neg[3], pos[3], low.z, low.w);
   }
 
   __device__ __forceinline__ float mix(float upper, float lower) const {
@@ -116,7 +119,7 @@ class PageScorer {
   }
 
   // sums: bounds of head n (of each tile) for pages `page` and `page + 1`.
-  __device__ __forceinline__ void store(const float (&sums)[kHeadTiles][4], int page) {
+  __device__ __forceinline__ void store(const float (&sums)[kHeadTiles][2][4], int page) {
     const int n = lane_id() / 4;
     float score[2];
 #pragma unroll
@@ -126,7 +129,7 @@ class PageScorer {
 #pragma unroll
       for (int tile = 0; tile < kHeadTiles; ++tile) {
         const bool used = tile * 8 + n < p_.rows;
-        const float value = mix(sums[tile][c], sums[tile][c + 2]);
+        const float value = mix(sums[tile][0][c] + sums[tile][1][c], sums[tile][0][c + 2] + sums[tile][1][c + 2]);
         if (p_.reduction == kMass) {
           if (used && valid) {
             const float log2_weight = p_.scale * kLog2e * value;
@@ -183,7 +186,7 @@ class PageScorer {
       Mass mass = Mass::none();
 #pragma unroll 1
       for (int w = 0; w < kWarps; ++w) mass.join(shared.warp_mass[w][head]);
-      put(&shared.mass_inbox[row_.rank][head], peer, make_float4(mass.top, mass.sum, mass.least, 0.f));
+      put(&shared.mass_inbox[row_.rank][head], row_.peer(peer), make_float4(mass.top, mass.sum, mass.least, 0.f));
     }
   }
 

@@ -92,7 +92,7 @@ class PageSelector {
     for (int first = 0; first < row_.size; first += 4) {
 #pragma unroll  // four reads of remote memory in flight
       for (int c = first; c < first + 4; ++c) {
-        const int theirs = c < row_.size ? get(&s_.histogram[bin], c) : 0;
+        const int theirs = c < row_.size ? get(&s_.histogram[bin], row_.peer(c)) : 0;
         before += c < row_.rank ? theirs : 0;
         count += theirs;
       }
@@ -117,7 +117,7 @@ class PageSelector {
       if (mine == bin) {
         const int place = s_.in_bin_before + atomicAdd(&s_.num_candidates, 1);
 #pragma unroll 1
-        for (int c = 0; c < row_.size; ++c) put(&s_.candidates[place], c, rank_key(score, page));
+        for (int c = 0; c < row_.size; ++c) put(&s_.candidates[place], row_.peer(c), rank_key(score, page));
       }
     });
     share_counts(above, 0);
@@ -163,7 +163,7 @@ class PageSelector {
       atomicAdd(&s_.num_ties, tied);
     }
     __syncthreads();
-    if (threadIdx.x < row_.size) put(&s_.count_inbox[row_.rank], threadIdx.x, make_int2(s_.num_above, s_.num_ties));
+    if (threadIdx.x < row_.size) put(&s_.count_inbox[row_.rank], row_.peer(threadIdx.x), make_int2(s_.num_above, s_.num_ties));
     cluster_sync();
   }
 
@@ -184,7 +184,7 @@ class PageSelector {
       }
     });
     cluster_sync();  // every CTA has read the histograms, which are cleared next
-    return share_range(row_.rank, row_.size, s_, mine);
+    return share_range(row_, s_, mine);
   }
 
   // Counts, for this warp, the pages that `choose(page)` picks of its part of the share, whose pages neighbour one

@@ -4,12 +4,12 @@
 
 namespace quest {
 
-// Work of a CTA in score groups and attention tiles: less is not worth one, more is shared with another, if the cluster
-// has one left. A CTA scores at most 144 pages or its fair share of the longest context: cuda.py sizes the buffer so.
+// Score groups and attention tiles that are worth a CTA. A CTA then scores at most 144 pages or its part of the longest
+// context over the whole cluster: cuda.py sizes the buffer so.
 constexpr int kMinimumWork = 2 * kWarps;
-constexpr int kMaximumWork = 1024;
 
-struct Shared {
+// Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
+struct alignas(128) Shared {
   float4 mass_inbox[kMaxCluster][kMaxRows];  // each CTA's (max, sum of exp2, min) of a head's bounds
   float4 warp_mass[kWarps][kMaxRows];
   unsigned long long candidates[kCandidates];
@@ -32,15 +32,18 @@ struct Row {
   int seq_len, total;       // tokens; pages
   int take;                 // pages to attend to
   int first, last, ranked;  // pages [first, last) compete for `ranked` places; the others are forced
-  int rank, size;           // this CTA in its cluster, and how many of its CTAs have work
+  int rank, size;           // this CTA in its row, and how many CTAs have work; rank 0 is not always the cluster's first
+  int turn;                 // the cluster's CTA that has rank 0
   int begin, end;           // pages that this CTA scores
   bool dense;               // the budget covers the context
 
   __device__ __forceinline__ static Row make(const DecodeParams& p) {
     Row row;
-    row.rank = static_cast<int>(blockIdx.x);
     row.head = static_cast<int>(blockIdx.y);
     row.req = static_cast<int>(blockIdx.z);
+    // clusters begin on the same few SMs: taking turns spreads those CTAs that stay
+    row.turn = static_cast<int>((blockIdx.y + blockIdx.z) & (gridDim.x - 1));
+    row.rank = static_cast<int>((blockIdx.x - row.turn) & (gridDim.x - 1));
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
@@ -57,28 +60,30 @@ struct Row {
     // CTAs without work leave at once
     const int scored = row.dense ? 0 : row.total / 8;
     const int work = scored + (row.take << (p.page_shift - kTileShift));
-    row.size = min(max(p.fair_size, div_up(work, kMaximumWork)), div_up(work, kMinimumWork));
-    row.size = max(1, min(row.size, static_cast<int>(gridDim.x)));
+    row.size = max(1, min(static_cast<int>(gridDim.x), div_up(work, kMinimumWork)));
     const int share = div_up(div_up(row.total, row.size), 16) * 16;
     row.begin = min(row.rank * share, row.total);
     row.end = min(row.begin + share, row.total);
     return row;
   }
 
+  // The cluster's CTA that has `other` as its rank.
+  __device__ __forceinline__ int peer(int other) const { return (other + turn) & (static_cast<int>(gridDim.x) - 1); }
+
   __device__ __forceinline__ bool competes(int page) const { return page >= first && page < last; }
 };
 
 // The range over the cluster of what its threads found. A call, not inlined: it is needed in three places.
-__device__ __noinline__ float2 share_range(int rank, int size, Shared& shared, float2 range) {
+__device__ __noinline__ float2 share_range(const Row row, Shared& shared, float2 range) {
   range = warp_range(range);
   if (lane_id() == 0) shared.warp_range[warp_id()] = range;
   __syncthreads();
   if (warp_id() == 0) {
     range = warp_range(lane_id() < kWarps ? shared.warp_range[lane_id()] : make_float2(INFINITY, -INFINITY));
-    if (lane_id() < size) put(&shared.range_inbox[rank], lane_id(), range);
+    if (lane_id() < row.size) put(&shared.range_inbox[row.rank], row.peer(lane_id()), range);
   }
   cluster_sync();
-  return warp_range(lane_id() < size ? shared.range_inbox[lane_id()] : make_float2(INFINITY, -INFINITY));
+  return warp_range(lane_id() < row.size ? shared.range_inbox[lane_id()] : make_float2(INFINITY, -INFINITY));
 }
 
 // Notes the CTA's clock for whoever measures the stages.

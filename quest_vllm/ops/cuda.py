@@ -18,10 +18,9 @@ from quest_vllm.ops import cuda_build
 from quest_vllm.ops.build_tools import KernelsUnavailable
 from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
 
-MAX_CLUSTER = 8  # what every GPU with clusters can schedule
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
-ALL_SCORE_BYTES = 80 * 1024  # one CTA fits an SM, at any head_dim and number of rows
+ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM, at any head_dim
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
 
@@ -81,20 +80,12 @@ def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype:
         raise RuntimeError(f"{name}: {library.quest_error_string(error).decode()}")
 
 
-def cluster_sizes(num_reqs: int, num_select_heads: int) -> tuple[int, int]:
-    """CTAs of a (request, head)'s cluster, and how many of them serve a row of middling work.
-
-    Both are powers of two and depend on the batch's size, never on its content. The fair share fills the GPU once; the
-    rest of the cluster is for rows that are much longer than most, and leaves at once otherwise.
+def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
+    """CTAs of a (request, head)'s cluster: few rows share the GPU, many rows still take two each, so that a long one
+    has two. Measured on an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
     """
     clusters = max(1, num_reqs * num_select_heads)
-    fair = min(MAX_CLUSTER, _power_of_two(NUM_SMS // clusters))
-    spare = 4 if clusters <= 2 * NUM_SMS else 2
-    return max(fair, spare), fair
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size.bit_length() - 1)
+    return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
 
 
 @dataclass(frozen=True)
@@ -110,13 +101,13 @@ class _Shape:
 
 def _size_scores(params: DecodeParams, shape: _Shape, planes: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where the longest context fits, else in a scratch tensor."""
-    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.fair_size))
+    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
     params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
     needed = 4 * planes * params.shared_pages
     if needed <= SHARED_SCORE_BYTES:
         return None
-    if needed <= ALL_SCORE_BYTES and shape.num_reqs * shape.num_select_heads * params.fair_size <= NUM_SMS:
-        params.cluster_size = params.fair_size  # one CTA fits an SM, and no other needs a place
+    alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
+    if alone and needed <= ALL_SCORE_BYTES:
         return None
     size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
@@ -150,7 +141,6 @@ def _common(
     most = 8 if head_dim > 128 else 16
     if shape.rows > most:
         raise ValueError(f"query heads a selection: expected at most {most} at head_dim {head_dim}, got {shape.rows}")
-    sizes = cluster_sizes(num_reqs, select_heads) if cluster_size is None else (cluster_size, cluster_size)
     params = DecodeParams(
         query=query.data_ptr(),
         block_table=block_table.data_ptr(),
@@ -169,8 +159,7 @@ def _common(
         selected_width=shape.max_pages,
         bound_radius=1.0,
         scale=1.0,
-        cluster_size=sizes[0],
-        fair_size=sizes[1],
+        cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
         dependent_launch=1,
     )
     return params, shape
