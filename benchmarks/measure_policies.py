@@ -80,9 +80,8 @@ def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 
 def radius_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """Reduction by radius, the same pages forced."""
     found = [original(ops, page_size), Candidate("oracle", OraclePolicy(ops), page_size=page_size)]
-    for reduction in ("max", "mass"):
-        found += [bound(ops, reduction, radius, page_size=page_size) for radius in (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)]
-    return [*found, bound(ops, "mean", 0.25, page_size=page_size)]
+    grid = {"max": (0.25, 0.5, 1.0), "mean": (0.5,), "mass": (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)}
+    return found + [bound(ops, reduction, a, page_size=page_size) for reduction, radii in grid.items() for a in radii]
 
 
 def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
@@ -160,17 +159,17 @@ class NeedleTask:
         return found
 
 
-def tasks(model: ReferenceModel, chosen: list[Text], num_needles: int, page_size: int) -> Iterator[Any]:
+def tasks(model: ReferenceModel, chosen: list[Text], seeds: range, page_size: int) -> Iterator[Any]:
     """One after the other: a prefix is hundreds of megabytes."""
     for text in chosen:
         yield TextTask(model, text, page_size)
-    for seed in range(num_needles):
+    for seed in seeds:
         prefix, questions, _ = needles(model.encode, CONTEXT, KEYS, seed)
         yield NeedleTask(model, prefix, questions, page_size)
 
 
-def measure(model: ReferenceModel, candidates: list[Candidate], stream: Iterator[Any], page_size: int) -> list[Any]:
-    """One result a candidate and budget; the first is dense."""
+def measure(candidates: list[Candidate], stream: Iterator[Any], page_size: int) -> Iterator[list[dict[str, Any]]]:
+    """After each prefix, the results so far: one a candidate and budget, the first of them dense."""
     runs = [("dense", 0, Run(None, page_size))]
     runs += [(candidate.name, budget, candidate.run(budget)) for candidate in candidates for budget in BUDGETS]
     values: list[dict[str, list[float]]] = [{} for _ in runs]
@@ -180,7 +179,7 @@ def measure(model: ReferenceModel, candidates: list[Candidate], stream: Iterator
             for metric, found in task.measure(run).items():
                 kept.setdefault(metric, []).extend(found)
         print(f"prefix {number}: {len(runs)} passes in {time.monotonic() - started:.0f} s", flush=True)
-    return [result(*run[:2], kept) for run, kept in zip(runs, values, strict=True)]
+        yield [result(*run[:2], kept) for run, kept in zip(runs, values, strict=True)]
 
 
 def result(name: str, budget: int, values: dict[str, list[float]]) -> dict[str, Any]:
@@ -223,6 +222,7 @@ def main() -> None:
     parser.add_argument("--sweep", choices=SWEEPS, required=True)
     parser.add_argument("--texts", choices=("even", "odd", "all"), default="all")
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -232,15 +232,7 @@ def main() -> None:
     step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[arguments.texts]
     chosen = texts(model.encode, CONTEXT, ROWS)[step]
     candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
-    stream = tasks(model, chosen, arguments.needles, arguments.page_size)
-    results = measure(model, candidates, stream, arguments.page_size)
-    add_gap_closed(results)
-    shape = model.shape
-    for candidate in candidates:
-        for one in results:
-            if one["policy"] == candidate.name:
-                one["bytes_per_layer_and_step"] = candidate.kv_bytes(one["budget"], *shape)
-    print("\n".join(map(show, results)))
+    seeds = range(arguments.seed, arguments.seed + arguments.needles)
     document = {
         "benchmark": "page_policies",
         "model": arguments.model.name,
@@ -253,11 +245,16 @@ def main() -> None:
         "dense_layers": list(Run(None).dense_layers),
         "texts": {text.name: text.sha256 for text in chosen},
         "needle_questions": arguments.needles * KEYS,
-        "results": results,
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    sizes = {candidate.name: candidate for candidate in candidates}
+    for results in measure(candidates, tasks(model, chosen, seeds, arguments.page_size), arguments.page_size):
+        add_gap_closed(results)
+        for one in results[1:]:
+            one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
+    print("\n".join(map(show, results)))
 
 
 if __name__ == "__main__":
