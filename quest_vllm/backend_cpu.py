@@ -226,6 +226,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             rows.seq_lens,
             page_size=config.page_size,
             group_reduction=config.group_reduction,
+            bound_radius=config.bound_radius,
+            scale=self.scale,
         )
         scored = time.perf_counter()
         selected = ops.select_pages(

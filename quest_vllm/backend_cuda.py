@@ -263,6 +263,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             rows.seq_lens,
             page_size=config.page_size,
             group_reduction=config.group_reduction,
+            bound_radius=config.bound_radius,
+            scale=self.scale,
             **tails,
         )
         selected = self._ops.select_pages(

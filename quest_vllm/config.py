@@ -17,7 +17,7 @@ from typing import Any
 from quest_vllm.errors import QuestConfigError
 
 PAGE_SIZES = (16, 32, 64)
-GROUP_REDUCTIONS = ("max", "mean", "per_query_head")
+GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton")
 MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
@@ -38,6 +38,7 @@ class QuestConfig:
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = (0, 1)
     group_reduction: str = "max"
+    bound_radius: float = 1.0
     implementation: str = "auto"
     metrics_dir: str | None = None
 
@@ -143,7 +144,7 @@ def _from_text(name: str, text: str, key: str) -> object:
         return [_int_from_text(name, part) for part in text.strip("[]() ").split(",") if part.strip()]
     if key in _INT_KEYS:
         return _int_from_text(name, text)
-    return text
+    return _float_from_text(name, text) if key in _FLOAT_KEYS else text
 
 
 def _int_from_text(name: str, text: str) -> int:
@@ -151,6 +152,13 @@ def _int_from_text(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise _bad_value(name, "an integer", text) from None
+
+
+def _float_from_text(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _bad_value(name, "a number", text) from None
 
 
 def _check_keys(source: str, layer: Mapping[str, Any]) -> None:
@@ -176,6 +184,15 @@ def _int_between(low: int, high: int) -> Callable[[str, Any], int]:
         if not _is_int(value) or not low <= value <= high:
             raise _bad_value(key, f"an integer from {low} to {high}", value)
         return int(value)
+
+    return check
+
+
+def _number_between(low: float, high: float) -> Callable[[str, Any], float]:
+    def check(key: str, value: Any) -> float:
+        if not (_is_int(value) or isinstance(value, float)) or not low <= value <= high:  # NaN is in no range
+            raise _bad_value(key, f"a number from {low:g} to {high:g}", value)
+        return float(value)
 
     return check
 
@@ -214,7 +231,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "recent_pages": _int_between(1, 1024),
     "dense_layers": _check_layers,
     "group_reduction": _one_of(GROUP_REDUCTIONS),
+    "bound_radius": _number_between(0, 1),
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
 }
 _INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages")
+_FLOAT_KEYS = ("bound_radius",)

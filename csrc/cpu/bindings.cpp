@@ -2,13 +2,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -150,7 +153,8 @@ Format parse_format(c10::string_view name, const Tensor& cache) {
 Reduction parse_reduction(c10::string_view name) {
   if (name == "max") return Reduction::kMax;
   if (name == "mean") return Reduction::kMean;
-  TORCH_CHECK(name == "per_query_head", "group_reduction: expected max, mean or per_query_head, got ", name);
+  if (name == "mass") return Reduction::kMass;
+  TORCH_CHECK(name == "per_query_head", "group_reduction: expected max, mean, mass or per_query_head, got ", name);
   return Reduction::kPerQueryHead;
 }
 
@@ -252,48 +256,125 @@ struct Part {
   int64_t row, head, part;
 };
 
+// One call of score_pages: its output, and the scratch of the mass reduction. A part is a chunk of one (row, head).
+struct Scores {
+  Tensor output;                    // [num_reqs, num_score_heads, max_pages]
+  std::vector<int64_t> pages;       // [num_reqs]
+  std::vector<Part> parts;          // those of a (row, head) lie together
+  std::vector<int64_t> first_part;  // [num_reqs * heads + 1]
+  Tensor logits;                    // [parts, group, kScoreChunk]
+  Tensor part_lse;                  // [parts, group]
+};
+
+Scores plan_scores(std::vector<int64_t> pages, int64_t heads, int64_t group, int64_t max_pages, Reduction reduction,
+                   const at::TensorOptions& options) {
+  Scores scores;
+  const int64_t num_reqs = pages.size();
+  for (int64_t row = 0; row < num_reqs; ++row) {
+    const int64_t chunks = std::max<int64_t>(1, ceil_div(pages[row], kScoreChunk));
+    for (int64_t head = 0; head < heads; ++head) {
+      scores.first_part.push_back(scores.parts.size());
+      for (int64_t part = 0; part < chunks; ++part) scores.parts.push_back({row, head, part});
+    }
+  }
+  const int64_t num_parts = scores.parts.size();
+  scores.first_part.push_back(num_parts);
+  scores.pages = std::move(pages);
+  const int64_t score_heads = reduction == Reduction::kPerQueryHead ? heads * group : heads;
+  scores.output = at::empty({num_reqs, score_heads, max_pages}, options);
+  if (reduction == Reduction::kMass) {
+    scores.logits = at::empty({num_parts, group, kScoreChunk}, options);
+    scores.part_lse = at::full({num_parts, group}, -INFINITY, options);
+  }
+  return scores;
+}
+
+// Calls fn(task, row, head, first page, last page + 1) for every part.
+template <typename Fn>
+void for_each_part(const Scores& scores, int64_t bytes_per_page, const Fn& fn) {
+  const int64_t num_parts = scores.parts.size();
+  for_each_task(num_parts, num_parts * kScoreChunk * bytes_per_page, [&](int64_t task) {
+    const auto [row, head, part] = scores.parts[task];
+    const int64_t first = part * kScoreChunk;
+    fn(task, row, head, first, std::min(scores.pages[row], first + kScoreChunk));
+  });
+}
+
+// A request's log-sum-exp from those of its parts, `group` apart; 0 where no page has mass.
+float merge_lse(const float* parts, int64_t count, int64_t group) {
+  float top = -INFINITY, sum = 0;
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i * group]);
+  if (std::isinf(top)) return top < 0 ? 0.0f : top;
+  for (int64_t i = 0; i < count; ++i) sum += std::exp(parts[i * group] - top);
+  return top + std::log(sum);
+}
+
+// Second pass of the mass reduction: every head's normaliser, then the scores of every part.
+void combine_parts(const Scores& scores, int64_t heads, int64_t group) {
+  const int64_t units = int64_t(scores.first_part.size()) - 1, max_pages = scores.output.size(2);
+  const Tensor unit_lse = at::empty({units, group}, scores.output.options());
+  float* lse = unit_lse.data_ptr<float>();
+  const float* part_lse = scores.part_lse.const_data_ptr<float>();
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const int64_t first = scores.first_part[unit], count = scores.first_part[unit + 1] - first;
+    for (int64_t g = 0; g < group; ++g) lse[unit * group + g] = merge_lse(part_lse + first * group + g, count, group);
+  }
+  const float* logits = scores.logits.const_data_ptr<float>();
+  float* out = scores.output.data_ptr<float>();
+  constexpr int64_t kCombineCost = 16;  // a logit costs about what reading that many bytes does
+  for_each_part(scores, group * kCombineCost,
+                [&](int64_t task, int64_t row, int64_t head, int64_t first, int64_t end) {
+    const int64_t unit = row * heads + head;
+    kernels().combine_mass(MassTask{logits + task * group * kScoreChunk, lse + unit * group,
+                                    out + unit * max_pages + first, group, end - first});
+  });
+}
+
 Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& block_table, const Tensor& seq_lens,
-                   int64_t page_size, c10::string_view group_reduction) {
+                   int64_t page_size, c10::string_view group_reduction, double bound_radius, double scale) {
   check_summaries(summaries);
   const int64_t heads = summaries.size(1), pages_per_block = summaries.size(2);
   check_page_size(page_size, page_size * pages_per_block);
   check_query(query, summaries, heads);
   const Reduction reduction = parse_reduction(group_reduction);
+  TORCH_CHECK(bound_radius >= 0 && bound_radius <= 1, "bound_radius: expected a number from 0 to 1, got ",
+              bound_radius);
   const DType dtype = dtype_of(query, "query");
   const int64_t num_reqs = query.size(0), group = query.size(1) / heads;
-  const std::vector<int64_t> lengths =
+  std::vector<int64_t> pages =
       checked_lengths(block_table, seq_lens, num_reqs, page_size * pages_per_block, summaries.size(0));
+  for (int64_t& count : pages) count = ceil_div(count, page_size);
   const int64_t max_pages = block_table.size(1) * pages_per_block;
+  const bool mass = reduction == Reduction::kMass;
   const int64_t outputs_per_head = reduction == Reduction::kPerQueryHead ? group : 1;
-  Tensor scores = at::empty({num_reqs, heads * outputs_per_head, max_pages}, query.options().dtype(at::kFloat));
+  const Scores scores =
+      plan_scores(std::move(pages), heads, group, max_pages, reduction, query.options().dtype(at::kFloat));
+  float* logits = mass ? scores.logits.data_ptr<float>() : nullptr;
+  float* part_lse = mass ? scores.part_lse.data_ptr<float>() : nullptr;
   const int64_t size = query.element_size();
   const char* q = byte_pointer(query);
   const char* rows = byte_pointer(summaries);
   const int32_t* table = block_table.const_data_ptr<int32_t>();
-  float* out = scores.data_ptr<float>();
-  std::vector<Part> parts;
-  for (int64_t row = 0; row < num_reqs; ++row) {
-    const int64_t chunks = std::max<int64_t>(1, ceil_div(ceil_div(lengths[row], page_size), kScoreChunk));
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t part = 0; part < chunks; ++part) parts.push_back({row, head, part});
-  }
-  for_each_task(parts.size(), int64_t(parts.size()) * kScoreChunk * 2 * query.size(2) * size, [&](int64_t task) {
-    const auto [row, head, part] = parts[task];
-    const int64_t pages = ceil_div(lengths[row], page_size);
-    const int64_t first = part * kScoreChunk, end = std::min(pages, first + kScoreChunk);
+  float* out = scores.output.data_ptr<float>();
+  for_each_part(scores, 2 * query.size(2) * size,
+                [&](int64_t task, int64_t row, int64_t head, int64_t first, int64_t end) {
     float* row_scores = out + (row * heads + head) * outputs_per_head * max_pages;
     if (end > first) {
       const ScoreTask work{q + size * (row * query.stride(0) + head * group * query.stride(1)),
-                           rows + size * head * summaries.stride(1), table + row * block_table.stride(0), row_scores,
-                           query.stride(1), summaries.stride(0), summaries.stride(2), block_table.stride(1), max_pages,
-                           group, query.size(2), pages_per_block, first, end, reduction};
+                           rows + size * head * summaries.stride(1), table + row * block_table.stride(0),
+                           mass ? logits + task * group * kScoreChunk : row_scores + first,
+                           mass ? part_lse + task * group : nullptr,
+                           query.stride(1), summaries.stride(0), summaries.stride(2), block_table.stride(1),
+                           mass ? kScoreChunk : max_pages, group, query.size(2), pages_per_block, first, end, reduction,
+                           float((1 + bound_radius) / 2), float((1 - bound_radius) / 2), float(scale)};
       kernels().score(dtype, work);
     }
-    if (end < pages) return;
+    if (end < scores.pages[row]) return;
     for (int64_t i = 0; i < outputs_per_head; ++i)
       std::fill(row_scores + i * max_pages + end, row_scores + (i + 1) * max_pages, -INFINITY);
   });
-  return scores;
+  if (mass) combine_parts(scores, heads, group);
+  return scores.output;
 }
 
 Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
@@ -441,7 +522,7 @@ TORCH_LIBRARY(quest_vllm_cpu, library) {
       "str kv_format) -> ()");
   library.def(
       "score_pages(Tensor query, Tensor summaries, Tensor block_table, Tensor seq_lens, int page_size, "
-      "str group_reduction) -> Tensor");
+      "str group_reduction, float bound_radius, float scale) -> Tensor");
   library.def(
       "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
       "int recent_pages, int max_page_budget) -> Tensor");

@@ -22,7 +22,7 @@ enum class DType : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 //   kAmx         [block_size/16][D/2][16][2]      [D/16][block_size/2][16][2]          vLLM "amx" (bfloat16)
 enum class Format : int { kRows = 0, kTransposed = 1, kAmx = 2 };
 
-enum class Reduction : int { kMax = 0, kMean = 1, kPerQueryHead = 2 };
+enum class Reduction : int { kMax = 0, kMean = 1, kPerQueryHead = 2, kMass = 3 };
 
 // One page and kv head. `written` rows, starting at row `first_row` of the chunk, are summarised.
 struct SummaryTask {
@@ -36,10 +36,21 @@ struct ScoreTask {
   const void* query;     // [group, head_dim], rows query_stride apart
   const void* summaries; // block 0 of this kv head
   const int32_t* block_ids;
-  float* scores;         // page 0 of the first score head, heads score_stride apart
+  float* scores;         // first_page of the first score head, heads score_stride apart; kMass: logits, whole vectors
+  float* lse;            // [group], for kMass: log-sum-exp of these pages' logits
   int64_t query_stride, block_stride, page_stride, block_ids_stride, score_stride;
   int64_t group, head_dim, pages_per_block, first_page, end_page;
   Reduction reduction;
+  float near, far;       // (1 + bound_radius) / 2 and (1 - bound_radius) / 2
+  float scale;           // of the logits, for kMass
+};
+
+// The scores of one score task under kMass.
+struct MassTask {
+  const float* logits;   // [group, kScoreChunk]
+  const float* lse;      // [group], of the whole request
+  float* scores;         // [pages]
+  int64_t group, pages;
 };
 
 // One row of scores.
@@ -78,6 +89,7 @@ struct Kernels {
   const char* isa;
   void (*summarise)(DType, Format, const SummaryTask&);
   void (*score)(DType, const ScoreTask&);
+  void (*combine_mass)(const MassTask&);
   void (*select)(const SelectTask&);
   void (*attend)(DType, Format, const AttendTask&);
   void (*merge)(DType, const MergeTask&);

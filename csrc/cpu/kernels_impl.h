@@ -14,6 +14,7 @@ namespace {
 
 #include "vec16.h"
 #include "summarise.h"
+#include "mass.h"
 #include "score.h"
 #include "select.h"
 #include "attend.h"
@@ -56,6 +57,7 @@ void merge(DType dtype, const MergeTask& task) {
 }  // namespace QUEST_ISA
 
 extern const Kernels QUEST_KERNELS = {QUEST_STRING(QUEST_ISA), QUEST_ISA::summarise, QUEST_ISA::score,
-                                      QUEST_ISA::select_row, QUEST_ISA::attend, QUEST_ISA::merge};
+                                      QUEST_ISA::combine_mass, QUEST_ISA::select_row, QUEST_ISA::attend,
+                                      QUEST_ISA::merge};
 
 }  // namespace quest

@@ -1,5 +1,4 @@
-// score_pages: relu(q).k_max + min(q, 0).k_min for the heads of a GQA group, each summary read once. Included by
-// kernels_impl.h.
+// score_pages: lo.k_min + hi.k_max for the heads of a GQA group, each summary read once. Included by kernels_impl.h.
 
 // The summaries of the task's pages, found without a division a page.
 template <typename T>
@@ -30,7 +29,7 @@ QUEST_INLINE void add_terms(int64_t dim, int64_t d, const float* split, Load loa
   }
 }
 
-// bounds[head][page] for G heads; `split` is [G][2][head_dim]: min(q, 0), max(q, 0), in load_two's order.
+// bounds[head][page] for G heads; `split` is [G][2][head_dim]: lo, hi, in load_two's order.
 template <typename T, int G>
 void bound_pages(const ScoreTask& task, const T* const* rows, const float* split, float (*bounds)[kScoreChunk]) {
   constexpr int kAhead = 8;  // pages between a prefetch and its use
@@ -68,12 +67,14 @@ void bound_pages(const ScoreTask& task, const T* const* rows, const float* split
   }
 }
 
-// One head's query as the two rows that bound_pages takes; zeros for a null `query`.
+// One head's query as the two rows that bound_pages takes, (q - a|q|) / 2 and (q + a|q|) / 2; zeros for a null `query`.
 template <typename T>
-QUEST_INLINE void split_query(const T* query, int64_t dim, float* negative, float* positive) {
+QUEST_INLINE void split_query(const T* query, int64_t dim, float near, float far, float* low, float* high) {
   const auto put = [&](int64_t d, Vec q) {
-    store(negative + d, vmin(q, Vec{}));
-    store(positive + d, vmax(q, Vec{}));
+    const Vec negative = vmin(q, Vec{}), positive = vmax(q, Vec{});
+    // the full radius adds no product: 0 * inf
+    store(low + d, far == 0.0f ? negative : negative * near + positive * far);
+    store(high + d, far == 0.0f ? positive : negative * far + positive * near);
   };
   int64_t d = 0;
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
@@ -97,7 +98,8 @@ void score_chunk(const ScoreTask& task) {
     const int64_t heads = task.group - first < kHeadBatch ? task.group - first : kHeadBatch;
     for (int64_t g = 0; g < kHeadBatch; ++g) {
       const T* query = static_cast<const T*>(task.query) + (first + g) * task.query_stride;
-      split_query(g < heads ? query : nullptr, dim, split + (2 * g) * dim, split + (2 * g + 1) * dim);
+      split_query(g < heads ? query : nullptr, dim, task.near, task.far, split + (2 * g) * dim,
+                  split + (2 * g + 1) * dim);
     }
     if (heads == 1) bound_pages<T, 1>(task, rows, split, bounds);
     else if (heads == 2) bound_pages<T, 2>(task, rows, split, bounds);
@@ -105,8 +107,10 @@ void score_chunk(const ScoreTask& task) {
     else if (heads == 4) bound_pages<T, 4>(task, rows, split, bounds);
     else bound_pages<T, 8>(task, rows, split, bounds);
     for (int64_t g = 0; g < heads; ++g) {
-      float* scores = task.scores + (first + g) * task.score_stride + task.first_page;
-      if (task.reduction == Reduction::kPerQueryHead) {
+      float* scores = task.scores + (first + g) * task.score_stride;
+      if (task.reduction == Reduction::kMass) {
+        task.lse[first + g] = scale_and_sum(bounds[g], count, task.scale, scores);
+      } else if (task.reduction == Reduction::kPerQueryHead) {
         for (int64_t i = 0; i < count; ++i) scores[i] = bounds[g][i];
       } else if (first + g == 0) {
         for (int64_t i = 0; i < count; ++i) reduced[i] = bounds[g][i];
@@ -120,7 +124,7 @@ void score_chunk(const ScoreTask& task) {
       }
     }
   }
-  if (task.reduction == Reduction::kPerQueryHead) return;
+  if (task.reduction == Reduction::kPerQueryHead || task.reduction == Reduction::kMass) return;
   const float weight = task.reduction == Reduction::kMean ? 1.0f / float(task.group) : 1.0f;
-  for (int64_t i = 0; i < count; ++i) task.scores[task.first_page + i] = reduced[i] * weight;
+  for (int64_t i = 0; i < count; ++i) task.scores[i] = reduced[i] * weight;
 }

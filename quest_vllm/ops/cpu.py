@@ -80,9 +80,13 @@ def score_pages(
     *,
     page_size: int,
     group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Bound ``q.k`` over each page: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end."""
-    scores: torch.Tensor = load().score_pages(query, summaries, block_table, seq_lens, page_size, group_reduction)
+    """Score each page from its summary: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end."""
+    scores: torch.Tensor = load().score_pages(
+        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale
+    )
     return scores
 
 

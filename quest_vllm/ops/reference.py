@@ -65,6 +65,35 @@ def update_page_summaries(
         summaries[block, :, sub_page, 1] = rows.amax(dim=1)
 
 
+def check_bound_radius(bound_radius: float) -> None:
+    """Raise ``ValueError`` unless ``bound_radius`` lies in [0, 1]."""
+    if not 0.0 <= bound_radius <= 1.0:
+        raise ValueError(f"bound_radius: expected a number from 0 to 1, got {bound_radius!r}")
+
+
+def split_query(query: torch.Tensor, bound_radius: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(lo, hi)`` of the query's shape, with ``q.mid + bound_radius * |q|.rad = lo.k_min + hi.k_max``.
+
+    ``lo = (q - a |q|) / 2`` and ``hi = (q + a |q|) / 2``, without their overflow; ``min(q, 0)`` and ``max(q, 0)`` at 1.
+    """
+    check_bound_radius(bound_radius)
+    negative, positive = query.clamp(max=0), query.clamp(min=0)
+    if bound_radius == 1.0:
+        return negative, positive
+    near, far = (1.0 + bound_radius) / 2, (1.0 - bound_radius) / 2
+    return near * negative + far * positive, far * negative + near * positive
+
+
+def group_mass(logits: torch.Tensor) -> torch.Tensor:
+    """Log of the softmax over pages, summed over the heads: ``[..., group, pages]`` to ``[..., pages]``.
+
+    In log space, so that no page's mass underflows into a tie. A head's NaNs are left out of its normaliser.
+    """
+    lse = logits.masked_fill(logits.isnan(), float("-inf")).logsumexp(dim=-1, keepdim=True)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)  # no page has mass: keep -inf, not NaN
+    return (logits - lse).logsumexp(dim=-2)
+
+
 def score_pages(
     query: torch.Tensor,
     summaries: torch.Tensor,
@@ -73,13 +102,23 @@ def score_pages(
     *,
     page_size: int,
     group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Bound ``q.k`` over every key of each page.
+    """Score each page from its summary.
 
-    ``query`` is ``[num_reqs, num_q_heads, head_dim]``. The bound of a page is
-    ``sum_d max(q_d * k_min_d, q_d * k_max_d) = relu(q).k_max + min(q, 0).k_min`` (Quest, algorithm 1); a GQA group's
-    bounds are reduced by ``group_reduction`` ("max", "mean", or "per_query_head": not at all). Pages past the end of a
-    request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32.
+    ``query`` is ``[num_reqs, num_q_heads, head_dim]``. A page's bound for one query head is
+    ``q.mid + bound_radius * |q|.rad``, with ``mid = (k_max + k_min) / 2`` and ``rad = (k_max - k_min) / 2``. At
+    ``bound_radius`` 1 that is ``sum_d max(q_d * k_min_d, q_d * k_max_d) = relu(q).k_max + min(q, 0).k_min``, which no
+    ``q.k`` of the page exceeds (Quest, algorithm 1); at 0 it is the score of the box's centre; between, an estimate.
+
+    ``group_reduction`` makes one score of a GQA group's bounds: "max", "mean", "mass", or "per_query_head" (none).
+    "mass" is the log of the attention mass that the bounds promise, each head's softmax over the row's pages summed
+    over the group: ``log(sum_g exp(s_gp - logsumexp_p(s_gp)))`` with ``s = scale * bound``; ``scale``, the attention's,
+    matters there alone. A NaN bound makes its own page's score NaN and counts for nothing in other pages' scores.
+
+    Pages past the end of a request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32. Raises
+    ``ValueError`` for an unknown reduction and a radius outside [0, 1].
     """
     num_reqs, num_q_heads, head_dim = query.shape
     _, num_kv_heads, pages_per_block, _, _ = summaries.shape
@@ -89,12 +128,15 @@ def score_pages(
     flat = summaries.transpose(1, 2).flatten(0, 1)  # [global pages, num_kv_heads, 2, head_dim]
     rows = _wide(flat[torch.where(valid, pages, 0)])  # [num_reqs, max_pages, num_kv_heads, 2, head_dim]
     q = _wide(query).view(num_reqs, num_kv_heads, group, head_dim)
-    bound = torch.einsum("rhgd,rphd->rhgp", q.clamp(max=0), rows[..., 0, :])
-    bound = bound + torch.einsum("rhgd,rphd->rhgp", q.clamp(min=0), rows[..., 1, :])
+    low, high = split_query(q, bound_radius)
+    bound = torch.einsum("rhgd,rphd->rhgp", low, rows[..., 0, :])
+    bound = bound + torch.einsum("rhgd,rphd->rhgp", high, rows[..., 1, :])
     if group_reduction == "max":
         scores = bound.amax(dim=2)
     elif group_reduction == "mean":
         scores = bound.mean(dim=2)
+    elif group_reduction == "mass":
+        scores = group_mass((bound * scale).masked_fill(~valid[:, None, None, :], float("-inf")))
     elif group_reduction == "per_query_head":
         scores = bound.flatten(1, 2)
     else:

@@ -207,21 +207,47 @@ def test_summaries_of_nothing() -> None:
     assert torch.equal(case.summaries.nan_to_num(3), before.nan_to_num(3))
 
 
+@pytest.mark.parametrize("radius", [0.25, 1.0])
 @pytest.mark.parametrize("group_reduction", reference.GROUP_REDUCTIONS)
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores(dtype: torch.dtype, group: int, group_reduction: str) -> None:
+def test_scores(dtype: torch.dtype, group: int, group_reduction: str, radius: float) -> None:
     for dim in (64, 80, 256):
         case = make_case([0, 1, 2100, 16, 200], dtype=dtype, group=group, dim=dim)
         reference.update_page_summaries(case.keys, case.summaries, case.slots, page_size=16)
         rest = (case.block_table, case.seq_lens)
-        options: dict[str, Any] = {"page_size": 16, "group_reduction": group_reduction}
+        options: dict[str, Any] = {"page_size": 16, "group_reduction": group_reduction, "bound_radius": radius}
+        options["scale"] = case.scale
         actual = cpu.score_pages(case.query, case.summaries, *rest, **options)
         low = reference.score_pages(case.query, case.summaries, *rest, **options)
         exact = reference.score_pages(case.query.double(), case.summaries.double(), *rest, **options)
         valid = torch.isfinite(low)
         assert torch.equal(torch.isneginf(actual), ~valid)
         assert_close(actual[valid], exact[valid].double(), low[valid], factor=4)
+
+
+def test_infinite_and_nan_pages_under_mass() -> None:
+    case = make_case([100, 0, 4000], kv_heads=1, group=3)
+    reference.update_page_summaries(case.keys, case.summaries, case.slots, page_size=16)
+    case.query.abs_()
+    rest = (case.query, case.summaries, case.block_table, case.seq_lens)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for row, page in ((0, 2), (2, 130)):
+            case.summaries[case.block_table[row, page // 4], 0, page % 4] = value
+        options: dict[str, Any] = {"page_size": 16, "group_reduction": "mass", "scale": 0.1, "bound_radius": 0.25}
+        actual, expected = cpu.score_pages(*rest, **options), reference.score_pages(*rest, **options)
+        assert expected[0, 0, 2].isnan() or expected[0, 0, 2] == float("-inf")
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_scores_refuse_unknown_reductions_and_radii() -> None:
+    case = make_case([40])
+    rest = (case.query, case.summaries, case.block_table, case.seq_lens)
+    with pytest.raises(RuntimeError, match="expected max, mean, mass or per_query_head, got median"):
+        cpu.score_pages(*rest, page_size=16, group_reduction="median")
+    for radius in (-0.5, 1.25, float("nan")):
+        with pytest.raises(RuntimeError, match=f"bound_radius: expected a number from 0 to 1, got {radius}"):
+            cpu.score_pages(*rest, page_size=16, bound_radius=radius)
 
 
 def check_selection(scores: torch.Tensor, lengths: list[int], budgets: list[int], **options: int) -> None:
@@ -277,7 +303,8 @@ def test_a_row_does_not_depend_on_its_neighbours(kv_format: str, dtype: torch.dt
     case = make_case([900, 3, 555, 31], kv_format=kv_format, dtype=dtype, group=4, dim=128)
     cpu.update_page_summaries(case.key_cache, case.summaries, case.slots, page_size=16, kv_format=kv_format)
     selected = random_selection(case, heads=2, budget=40)
-    scores = cpu.score_pages(case.query, case.summaries, case.block_table, case.seq_lens, page_size=16)
+    policy: dict[str, Any] = {"page_size": 16, "group_reduction": "mass", "bound_radius": 0.25, "scale": case.scale}
+    scores = cpu.score_pages(case.query, case.summaries, case.block_table, case.seq_lens, **policy)
     together = case.attend(selected)
     threads = torch.get_num_threads()
     try:
@@ -286,7 +313,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kv_format: str, dtype: torch.dt
             alone = slice(row, row + 1)
             rest = (case.block_table[alone], case.seq_lens[alone])
             assert torch.equal(case.attend(selected, alone)[0], together[row])
-            alone_scores = cpu.score_pages(case.query[alone], case.summaries, *rest, page_size=16)
+            alone_scores = cpu.score_pages(case.query[alone], case.summaries, *rest, **policy)
             assert torch.equal(alone_scores[0], scores[row])
     finally:
         torch.set_num_threads(threads)
@@ -305,7 +332,8 @@ def test_empty_batch() -> None:
     case = make_case([40])
     empty = slice(0, 0)
     rest = (case.block_table[empty], case.seq_lens[empty])
-    scores = cpu.score_pages(case.query[empty], case.summaries, *rest, page_size=16)
+    for reduction in reference.GROUP_REDUCTIONS:
+        scores = cpu.score_pages(case.query[empty], case.summaries, *rest, page_size=16, group_reduction=reduction)
     selected = cpu.select_pages(scores, case.seq_lens[empty], case.seq_lens[empty], page_size=16, max_page_budget=4)
     assert selected.shape == (0, 2, 4)
     assert case.attend(torch.zeros(1, 2, 4, dtype=torch.int32), empty).shape == (0, 2, 64)

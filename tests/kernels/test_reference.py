@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,16 +26,14 @@ cases = st.builds(
 
 
 def choose(case: PagedCase, page_budget: int, group_reduction: str = "max") -> torch.Tensor:
-    scores = reference.score_pages(
-        case.query,
-        case.views.summaries,
-        case.block_table,
-        case.seq_lens,
-        page_size=case.page_size,
-        group_reduction=group_reduction,
-    )
+    scores = score(case, group_reduction=group_reduction)
     budgets = torch.full_like(case.seq_lens, page_budget)
     return reference.select_pages(scores, case.seq_lens, budgets, page_size=case.page_size, max_page_budget=page_budget)
+
+
+def score(case: PagedCase, operation=reference.score_pages, **options) -> torch.Tensor:
+    rest = (case.block_table, case.seq_lens)
+    return operation(case.query, case.views.summaries, *rest, page_size=case.page_size, **options)
 
 
 def attend(case: PagedCase, selected: torch.Tensor, operation=reference.sparse_paged_attention) -> torch.Tensor:
@@ -70,14 +71,7 @@ def contiguous_attention(case: PagedCase) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 @given(cases)
 def test_page_score_bounds_every_key_of_the_page(case: PagedCase) -> None:
-    scores = reference.score_pages(
-        case.query,
-        case.views.summaries,
-        case.block_table,
-        case.seq_lens,
-        page_size=case.page_size,
-        group_reduction="per_query_head",
-    )
+    scores = score(case, group_reduction="per_query_head")
     block_size, group = case.views.keys.shape[2], case.query.shape[1] // case.views.keys.shape[1]
     for row, length in enumerate(case.seq_lens.tolist()):
         for position in range(length):
@@ -86,6 +80,111 @@ def test_page_score_bounds_every_key_of_the_page(case: PagedCase) -> None:
             products = (case.query[row] * keys).sum(-1)
             bound = scores[row, :, position // case.page_size]
             assert (products <= bound + 1e-4 * bound.abs().clamp(min=1)).all()
+
+
+def pages_of(case: PagedCase, row: int) -> np.ndarray:
+    """A request's summaries in float64, ``[num_kv_heads, pages, 2, head_dim]``, page after page."""
+    per_block = case.views.summaries.shape[2]
+    pages = -(-int(case.seq_lens[row]) // case.page_size)
+    rows = [case.views.summaries[case.block_table[row, p // per_block].item(), :, p % per_block] for p in range(pages)]
+    stacked = torch.stack(rows, dim=1) if rows else torch.zeros(case.views.keys.shape[1], 0, 2, case.query.shape[2])
+    return stacked.double().numpy()
+
+
+def brute_force(case: PagedCase, reduction: str, radius: float, scale: float) -> list[list[list[float]]]:
+    """Scores from the definition, a number at a time: ``[row][score head][page]``."""
+    found = []
+    for row in range(len(case.seq_lens)):
+        bounds = []
+        boxes, queries = pages_of(case, row), case.query[row].double().numpy()
+        group = len(queries) // len(boxes)
+        for head, query in enumerate(queries):
+            centres = boxes[head // group].mean(axis=1)
+            halves = (boxes[head // group][:, 1] - boxes[head // group][:, 0]) / 2
+            bounds.append([c @ query + radius * (h @ np.abs(query)) for c, h in zip(centres, halves, strict=True)])
+        step = 1 if reduction == "per_query_head" else group
+        groups = [bounds[first : first + step] for first in range(0, len(bounds), step)]
+        found.append([[reduce_page(g, page, reduction, scale) for page in range(len(g[0]))] for g in groups])
+    return found
+
+
+def reduce_page(bounds: list[list[float]], page: int, reduction: str, scale: float) -> float:
+    if reduction == "mass":
+        weights = [[math.exp(scale * bound) for bound in head] for head in bounds]
+        return math.log(sum(head[page] / math.fsum(head) for head in weights))
+    if reduction == "mean":
+        return math.fsum(head[page] for head in bounds) / len(bounds)
+    return max(head[page] for head in bounds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.sampled_from(reference.GROUP_REDUCTIONS), st.sampled_from([0.0, 0.25, 0.8, 1.0]))
+def test_scores_equal_a_brute_force(case: PagedCase, reduction: str, radius: float) -> None:
+    scale = case.query.shape[-1] ** -0.5
+    scores = score(case, group_reduction=reduction, bound_radius=radius, scale=scale)
+    for row, heads in enumerate(brute_force(case, reduction, radius, scale)):
+        for head, expected in enumerate(heads):
+            actual = scores[row, head]
+            np.testing.assert_allclose(actual[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+            assert torch.isneginf(actual[len(expected) :]).all()
+
+
+def test_the_full_radius_splits_the_query_as_quest_does_and_others_by_their_weight() -> None:
+    query = torch.tensor([1.5, -2.0, 0.0, float("inf"), float("-inf"), 3e38, -3e38])
+    low, high = reference.split_query(query, 1.0)
+    assert torch.equal(low, query.clamp(max=0)) and torch.equal(high, query.clamp(min=0))
+    for radius in (0.0, 0.25, 0.75):
+        wide = query[query.isfinite()].double()
+        low, high = reference.split_query(wide.float(), radius)
+        torch.testing.assert_close(low, ((wide - radius * wide.abs()) / 2).float())
+        torch.testing.assert_close(high, ((wide + radius * wide.abs()) / 2).float())
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases, st.floats(0.01, 4.0), st.sampled_from([0.0, 0.25, 1.0]))
+def test_mass_sums_to_the_group(case: PagedCase, scale: float, radius: float) -> None:
+    group = case.query.shape[1] // case.views.keys.shape[1]
+    mass = score(case, group_reduction="mass", bound_radius=radius, scale=scale).exp().sum(dim=-1)
+    expected = torch.where(case.seq_lens > 0, float(group), 0.0)[:, None].expand_as(mass)
+    torch.testing.assert_close(mass, expected, rtol=1e-4, atol=0)
+
+
+def test_mass_keeps_pages_apart_that_would_underflow() -> None:
+    case = make_case([160], group=1)
+    case.query *= 100
+    scores = score(case, group_reduction="mass")[0, :, :10]
+    assert (scores.min(dim=-1).values < -200).all()
+    assert scores.isfinite().all()
+    assert all(len(set(row.tolist())) == 10 for row in scores)
+
+
+@pytest.mark.parametrize("radius", [0.25, 1.0])
+def test_a_nan_page_spoils_no_other_page(radius: float) -> None:
+    case = make_case([100], num_kv_heads=1, group=3)
+    case.query.abs_()
+    kept = [0, 1, 3, 4, 5, 6]
+    page = case.views.summaries[case.block_table[0, 1].item(), 0, 0]
+    page[:] = -1e6  # no mass: what the others score without this page
+    expected = score(case, group_reduction="mass", bound_radius=radius, scale=0.1)[0, 0]
+    page[:] = float("nan")
+    scores = score(case, group_reduction="mass", bound_radius=radius, scale=0.1)[0, 0]
+    assert scores[2].isnan()
+    assert torch.equal(scores[kept], expected[kept])
+
+
+def test_mass_of_infinite_logits() -> None:
+    inf = float("inf")
+    swallowed = reference.group_mass(torch.tensor([[1.0, inf, 2.0], [0.0, 1.0, -inf]]))
+    assert swallowed[1].isnan()  # ranks first
+    torch.testing.assert_close(swallowed[[0, 2]], torch.tensor([-math.log1p(math.e), -inf]))
+    nothing = reference.group_mass(torch.full((2, 3), -inf))
+    assert torch.isneginf(nothing).all()
+
+
+@pytest.mark.parametrize("radius", [-0.1, 1.5, float("nan")])
+def test_a_radius_out_of_range_is_refused(radius: float) -> None:
+    with pytest.raises(ValueError, match=f"bound_radius: expected a number from 0 to 1, got {radius}"):
+        score(make_case([20]), bound_radius=radius)
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90)
 PACKAGE = "quest_vllm.ops.triton"
 INDEX_POINTERS = {"block_table_ptr", "seq_lens_ptr", "budget_ptr", "selected_ptr"}
-FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr"}
+FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr", "logit_ptr"}
 PAGES = {"PAGE_SIZE": 16, "HEAD_DIM": 80, "PADDED_DIM": 128}
 WIDE = {"PAGE_SIZE": 64, "HEAD_DIM": 256, "PADDED_DIM": 256}
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, variants of its constants
@@ -31,10 +31,18 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
         [
             PAGES | {"PAGES_PER_BLOCK": 4, "GROUP": 3, "PADDED_GROUP": 16, "TILE": 64} | variant
             for variant in (
-                {"REDUCTION": 0, "FILL_TAIL": False},
-                {"REDUCTION": 1, "FILL_TAIL": True},
-                {"REDUCTION": 2, "FILL_TAIL": True},
+                {"REDUCTION": 0, "FULL_RADIUS": True, "FILL_TAIL": False},
+                {"REDUCTION": 1, "FULL_RADIUS": True, "FILL_TAIL": True},
+                {"REDUCTION": 2, "FULL_RADIUS": False, "FILL_TAIL": True},
+                {"REDUCTION": 3, "FULL_RADIUS": False, "FILL_TAIL": False},
             )
+        ],
+    ),
+    "combine_mass_kernel": (
+        "score_pages",
+        [
+            {"PAGE_SIZE": 16, "GROUP": 3, "PADDED_GROUP": 4, "TILE": 64, "COMBINE_TILE": 256, "LSE_TILE": 128} | tail
+            for tail in ({"FILL_TAIL": False}, {"FILL_TAIL": True})
         ],
     ),
     "select_pages_kernel": (
@@ -78,7 +86,9 @@ def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str
             return "*i64"
         if name.endswith("_ptr"):
             return f"*{dtype}"
-        return "fp32" if name in {"scale", "softcap"} else "i64" if name.endswith("block_stride") else "i32"
+        return (
+            "fp32" if name in {"scale", "softcap", "near", "far"} else "i64" if name.endswith("block_stride") else "i32"
+        )
 
     return {name: kind(name) for name in kernel.arg_names}
 
@@ -91,7 +101,7 @@ def compile_kernel(name: str) -> int:
 
     module, variants = KERNELS[name]
     kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
-    dtypes = ["bf16"] if name == "select_pages_kernel" else ["bf16", "fp16", "fp32"]
+    dtypes = ["bf16"] if name in {"select_pages_kernel", "combine_mass_kernel"} else ["bf16", "fp16", "fp32"]
     count = 0
     for constants, arch in itertools.product(variants, ARCHITECTURES):
         for dtype in dtypes if constants is variants[0] else dtypes[:1]:

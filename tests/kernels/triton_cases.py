@@ -8,6 +8,7 @@ of the largest value for another order of summation.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,7 @@ def score(
     case: PagedCase,
     operation: Operation,
     group_reduction: str = "max",
+    bound_radius: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     dtype = dtype or case.query.dtype
@@ -82,6 +84,8 @@ def score(
         case.seq_lens,
         page_size=case.page_size,
         group_reduction=group_reduction,
+        bound_radius=bound_radius,
+        scale=case.query.shape[-1] ** -0.5,
     )
 
 
@@ -207,28 +211,68 @@ def test_nan_and_inf_keys_reach_the_summary(device: torch.device) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_reduction", reference.GROUP_REDUCTIONS)
+@pytest.mark.parametrize(
+    ("group_reduction", "radius"),
+    [("max", 1.0), ("max", 0.25), ("mean", 0.0), ("mass", 1.0), ("mass", 0.25), ("per_query_head", 0.5)],
+)
 def test_scores_match_the_reference(
     device: torch.device,
     shape: Shape,
     dtype: torch.dtype,
     group_reduction: str,
+    radius: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = build(device, [0, 1, 100, 33], shape, dtype)
-    exact = score(case, reference.score_pages, group_reduction, torch.float64).double()
-    tolerance = measured_tolerance(exact, lambda: score(case, reference.score_pages, group_reduction), monkeypatch)
-    assert_close(score(case, ops.score_pages, group_reduction), exact, tolerance)
+    policy = (group_reduction, radius)
+    exact = score(case, reference.score_pages, *policy, torch.float64).double()
+    tolerance = measured_tolerance(exact, lambda: score(case, reference.score_pages, *policy), monkeypatch)
+    assert_close(score(case, ops.score_pages, *policy), exact, tolerance)
 
 
-def test_scores_span_many_tiles_and_leave_the_tail_when_told_to(device: torch.device) -> None:
-    case = build(device, [16 * 130 + 1, 5], (1, 1, 16, 32, 16))
-    want = score(case, reference.score_pages)
-    assert_close(score(case, ops.score_pages), want, 1e-4)
+@pytest.mark.parametrize("group_reduction", ["max", "mass"])
+def test_scores_span_many_tiles_and_leave_the_tail_when_told_to(
+    device: torch.device, group_reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["quest_vllm.ops.triton.score_pages"]
+    monkeypatch.setattr(module, "LSE_TILE", 2)
+    monkeypatch.setattr(module, "PAGES_PER_COMBINE_TILE", 32)
+    case = build(device, [16 * 330 + 1, 5], (1, 2, 16, 32, 16))
+    want = score(case, reference.score_pages, group_reduction)
+    assert_close(score(case, ops.score_pages, group_reduction), want, 1e-4)
     out = torch.full_like(want, 7.0)
     arguments = (case.query, case.views.summaries, case.block_table, case.seq_lens)
-    ops.score_pages(*arguments, page_size=16, group_reduction="max", out=out, fill_tail=False)
+    settings: dict[str, Any] = {"page_size": 16, "group_reduction": group_reduction, "scale": 0.25}
+    ops.score_pages(*arguments, out=out, fill_tail=False, **settings)
     assert_close(out, torch.where(want == float("-inf"), 7.0, want), 1e-4)
+
+
+def test_mass_in_a_larger_scratch_full_of_rubbish_is_the_same(device: torch.device) -> None:
+    case = build(device, [400, 0, 33], (2, 3, 64, 32, 16))
+    want = score(case, ops.score_pages, "mass")
+    scratch = ops.mass_scratch(5, 6, 200, device=device)
+    scratch.logits.fill_(float("nan"))
+    scratch.lse.fill_(float("inf"))
+    arguments = (case.query, case.views.summaries, case.block_table, case.seq_lens)
+    got = ops.score_pages(*arguments, page_size=16, group_reduction="mass", scale=0.125, scratch=scratch)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_infinite_and_nan_pages_under_mass(device: torch.device, value: float) -> None:
+    case = build(device, [100, 0, 1100], (1, 3, 16, 64, 16))
+    case.query.abs_()
+    for row, page in ((0, 2), (2, 66)):
+        case.views.summaries[case.block_table[row, page // 4].long(), 0, page % 4] = value
+    expected = score(case, reference.score_pages, "mass", 0.25)
+    assert expected[0, 0, 2].isnan() or expected[0, 0, 2] == float("-inf")
+    got = score(case, ops.score_pages, "mass", 0.25)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_radius_out_of_range_is_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="bound_radius: expected a number from 0 to 1, got 1.5"):
+        score(build(device, [5]), ops.score_pages, "max", 1.5)
 
 
 def test_unknown_reduction_is_named(device: torch.device) -> None:
@@ -366,7 +410,7 @@ def test_preallocated_buffers_and_budgets_change_nothing(device: torch.device) -
 
 
 def chain(case: PagedCase, budgets: list[int]) -> torch.Tensor:
-    scores = score(case, ops.score_pages)
+    scores = score(case, ops.score_pages, "mass", 0.25)
     rows = torch.tensor(budgets, dtype=torch.int32, device=scores.device)
     selected = ops.select_pages(scores, case.seq_lens, rows, page_size=case.page_size, max_page_budget=max(budgets))
     return attend(case, selected, ops.sparse_paged_attention)

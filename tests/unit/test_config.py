@@ -45,6 +45,9 @@ def test_each_source_overrides_the_one_before(tmp_path: Path) -> None:
         ("QUEST_RECENT_PAGES", "1", ("recent_pages", 1)),
         ("QUEST_DENSE_LAYERS", "[]", ("dense_layers", ())),
         ("QUEST_GROUP_REDUCTION", "mean", ("group_reduction", "mean")),
+        ("QUEST_GROUP_REDUCTION", "mass", ("group_reduction", "mass")),
+        ("QUEST_BOUND_RADIUS", "0.25", ("bound_radius", 0.25)),
+        ("QUEST_BOUND_RADIUS", "1", ("bound_radius", 1.0)),
         ("QUEST_IMPLEMENTATION", "reference", ("implementation", "reference")),
         ("QUEST_METRICS_DIR", "/var/quest", ("metrics_dir", "/var/quest")),
     ],
@@ -86,6 +89,12 @@ def test_mistyped_environment_variable_is_refused_and_a_stranger_is_not() -> Non
         ("dense_layers", "0,1"),
         ("group_reduction", "sum"),
         ("group_reduction", None),
+        ("bound_radius", -0.01),
+        ("bound_radius", 1.01),
+        ("bound_radius", "0.5"),
+        ("bound_radius", True),
+        ("bound_radius", None),
+        ("bound_radius", float("nan")),
         ("implementation", "CUDA"),
         ("metrics_dir", 3),
     ],
@@ -117,6 +126,13 @@ def test_missing_named_yaml_is_an_error_and_an_empty_one_is_not(tmp_path: Path) 
         load_config(None, {"QUEST_CONFIG": str(tmp_path / "absent.yaml")})
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(None, {"QUEST_CONFIG": str(tmp_path / "empty.yaml")}) == QuestConfig()
+
+
+def test_bad_environment_number_names_the_variable() -> None:
+    with pytest.raises(QuestConfigError, match="QUEST_BOUND_RADIUS: expected a number, got 'wide'"):
+        load_config(None, {"QUEST_BOUND_RADIUS": "wide"})
+    with pytest.raises(QuestConfigError, match="bound_radius: expected a number from 0 to 1, got nan"):
+        load_config(None, {"QUEST_BOUND_RADIUS": "nan"})
 
 
 def test_bad_environment_integer_names_the_variable() -> None:

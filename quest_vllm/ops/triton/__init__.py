@@ -6,14 +6,16 @@ from ``seq_lens`` on the device. Pass ``out`` (and ``scratch``) to launch withou
 
 from __future__ import annotations
 
-from quest_vllm.ops.triton.score_pages import score_pages
+from quest_vllm.ops.triton.score_pages import MassScratch, mass_scratch, score_pages
 from quest_vllm.ops.triton.select_pages import select_pages
 from quest_vllm.ops.triton.sparse_paged_attention import AttentionScratch, attention_scratch, sparse_paged_attention
 from quest_vllm.ops.triton.update_page_summaries import update_page_summaries
 
 __all__ = [
     "AttentionScratch",
+    "MassScratch",
     "attention_scratch",
+    "mass_scratch",
     "score_pages",
     "select_pages",
     "sparse_paged_attention",

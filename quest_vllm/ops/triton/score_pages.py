@@ -1,16 +1,31 @@
-"""Page scores: the upper bound of ``q.k`` over every key of each page (Quest, algorithm 1)."""
+"""Page scores from the summaries: a bound of ``q.k`` for each page and query head, reduced over the GQA group.
+
+The mass reduction takes a second launch, for its normaliser spans the row: the first leaves each head's logits and the
+log-sum-exp of each tile of them in scratch, the second merges those of a row and combines the heads.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from quest_vllm.ops.reference import check_bound_radius
 from quest_vllm.ops.triton.common import MIN_DOT_ROWS, cdiv, dot, dot_tile, max_with_nan, padded
 
 PAGES_PER_TILE = 64
 TARGET_PROGRAMS = 2048
-REDUCTIONS = {"max": 0, "mean": 1, "per_query_head": 2}
+PAGES_PER_COMBINE_TILE = 256
+LSE_TILE = 128  # tiles whose log-sum-exp is merged at once
+REDUCTIONS = {"max": 0, "mean": 1, "per_query_head": 2, "mass": 3}
+
+
+@triton.jit
+def finite_or_zero(values):
+    """What may be subtracted before ``exp``: infinities would give NaN."""
+    return tl.where(tl.abs(values) == float("inf"), 0.0, values)
 
 
 @triton.jit
@@ -19,8 +34,12 @@ def score_pages_kernel(
     summary_ptr,  # [num_blocks, num_kv_heads, PAGES_PER_BLOCK, 2, HEAD_DIM]
     block_table_ptr,  # [num_reqs, max_blocks] int32
     seq_lens_ptr,  # [num_reqs] int32
-    score_ptr,  # [num_reqs, num_score_heads, max_pages] float32
+    score_ptr,  # [num_reqs, num_score_heads, max_pages] float32; a head's logits for "mass"
+    lse_ptr,  # [num_reqs, num_q_heads, tiles of max_pages] float32, for "mass"
     max_pages,
+    near,
+    far,
+    scale,
     query_req_stride,
     query_head_stride,
     summary_block_stride,
@@ -30,6 +49,8 @@ def score_pages_kernel(
     table_req_stride,
     score_req_stride,
     score_head_stride,
+    lse_req_stride,
+    lse_head_stride,
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -38,6 +59,7 @@ def score_pages_kernel(
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
     REDUCTION: tl.constexpr,
+    FULL_RADIUS: tl.constexpr,
     FILL_TAIL: tl.constexpr,
 ):
     """One program per (tile of pages, KV head, request), striding over the tiles that the request really has."""
@@ -50,8 +72,14 @@ def score_pages_kernel(
     query_rows = query_ptr + req * query_req_stride + (head * GROUP + group) * query_head_stride
     query = tl.load(query_rows[:, None] + dims[None, :], mask=(group < GROUP)[:, None] & inside, other=0.0)
     query = query.to(tl.float32)
-    positive = tl.where(query < 0, 0.0, query).to(summary_ptr.dtype.element_ty)  # NaN stays
-    negative = tl.where(query > 0, 0.0, query).to(summary_ptr.dtype.element_ty)
+    if FULL_RADIUS:
+        positive = tl.where(query < 0, 0.0, query)  # NaN stays
+        negative = tl.where(query > 0, 0.0, query)
+    else:
+        positive = query * tl.where(query < 0, far, near)
+        negative = query * tl.where(query < 0, near, far)
+    positive = positive.to(summary_ptr.dtype.element_ty)
+    negative = negative.to(summary_ptr.dtype.element_ty)
     base = summary_ptr + head * summary_head_stride
     end = max_pages if FILL_TAIL else total
     for tile in range(tl.program_id(0), tl.cdiv(end, TILE), tl.num_programs(0)):
@@ -69,6 +97,15 @@ def score_pages_kernel(
             out = score_ptr + req * score_req_stride + heads[:, None] * score_head_stride + page[None, :]
             bound = tl.where(valid[None, :], bound, float("-inf"))
             tl.store(out, bound, mask=(group < GROUP)[:, None] & (page < end)[None, :])
+        elif REDUCTION == 3:
+            heads = head * GROUP + group
+            logits = bound * scale
+            out = score_ptr + req * score_req_stride + heads[:, None] * score_head_stride + page[None, :]
+            tl.store(out, logits, mask=(group < GROUP)[:, None] & valid[None, :])
+            counted = tl.where(valid[None, :] & (logits == logits), logits, float("-inf"))
+            shift = finite_or_zero(tl.max(counted, axis=1))
+            lse = shift + tl.log(tl.sum(tl.exp(counted - shift[:, None]), axis=1))
+            tl.store(lse_ptr + req * lse_req_stride + heads * lse_head_stride + tile, lse, mask=group < GROUP)
         else:
             if REDUCTION == 0:
                 score = max_with_nan(tl.where((group < GROUP)[:, None], bound, float("-inf")), 0)
@@ -76,6 +113,75 @@ def score_pages_kernel(
                 score = tl.sum(tl.where((group < GROUP)[:, None], bound, 0.0), axis=0) / GROUP
             out = score_ptr + req * score_req_stride + head * score_head_stride + page
             tl.store(out, tl.where(valid, score, float("-inf")), mask=page < end)
+
+
+@triton.jit
+def combine_mass_kernel(
+    logit_ptr,  # [num_reqs, num_q_heads, max_pages] float32
+    lse_ptr,  # [num_reqs, num_q_heads, tiles of max_pages] float32
+    seq_lens_ptr,  # [num_reqs] int32
+    score_ptr,  # [num_reqs, num_kv_heads, max_pages] float32
+    max_pages,
+    logit_req_stride,
+    logit_head_stride,
+    lse_req_stride,
+    lse_head_stride,
+    score_req_stride,
+    score_head_stride,
+    PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    COMBINE_TILE: tl.constexpr,
+    LSE_TILE: tl.constexpr,
+    FILL_TAIL: tl.constexpr,
+):
+    """One program per (tile of pages, KV head, request): ``log(sum_g exp(logit_g - lse_g))`` of each page."""
+    head = tl.program_id(1).to(tl.int64)
+    req = tl.program_id(2).to(tl.int64)
+    total = tl.cdiv(tl.load(seq_lens_ptr + req), PAGE_SIZE)
+    num_tiles = tl.cdiv(total, TILE)
+    group = tl.arange(0, PADDED_GROUP)
+    used = (group < GROUP)[:, None]
+    heads = head * GROUP + group
+    top = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    mass = tl.zeros((PADDED_GROUP,), tl.float32)
+    lse_rows = lse_ptr + req * lse_req_stride + heads[:, None] * lse_head_stride
+    for start in range(0, num_tiles, LSE_TILE):
+        tile = start + tl.arange(0, LSE_TILE)
+        part = tl.load(lse_rows + tile[None, :], mask=used & (tile < num_tiles)[None, :], other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(part, axis=1))
+        shift = finite_or_zero(new_top)
+        mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(part - shift[:, None]), axis=1)
+        top = new_top
+    lse = finite_or_zero(top) + tl.log(mass)
+    lse = tl.where(lse == float("-inf"), 0.0, lse)  # no page has mass: its score is -inf, not NaN
+    logit_rows = logit_ptr + req * logit_req_stride + heads[:, None] * logit_head_stride
+    end = max_pages if FILL_TAIL else total
+    for tile in range(tl.program_id(0), tl.cdiv(end, COMBINE_TILE), tl.num_programs(0)):
+        page = tile * COMBINE_TILE + tl.arange(0, COMBINE_TILE)
+        valid = page < total
+        logits = tl.load(logit_rows + page[None, :], mask=used & valid[None, :], other=float("-inf"))
+        share = tl.where(used, logits - lse[:, None], float("-inf"))
+        shift = finite_or_zero(tl.max(tl.where(share == share, share, float("-inf")), axis=0))
+        score = shift + tl.log(tl.sum(tl.exp(share - shift[None, :]), axis=0))  # NaN stays
+        out = score_ptr + req * score_req_stride + head * score_head_stride + page
+        tl.store(out, tl.where(valid, score, float("-inf")), mask=page < end)
+
+
+@dataclass(frozen=True)
+class MassScratch:
+    """What the mass reduction keeps between its launches. Needs no initialisation; may be larger than needed."""
+
+    logits: torch.Tensor  # [num_reqs, num_q_heads, max_pages] float32
+    lse: torch.Tensor  # [num_reqs, num_q_heads, ceil(max_pages / 32) or more] float32
+
+
+def mass_scratch(num_reqs: int, num_q_heads: int, max_pages: int, *, device: torch.device) -> MassScratch:
+    """Allocate the scratch of :func:`score_pages` with ``group_reduction="mass"``."""
+    logits = torch.empty(num_reqs, num_q_heads, max_pages, dtype=torch.float32, device=device)
+    lse_tiles = cdiv(max_pages, PAGES_PER_TILE // 2)  # dot_tile may halve the tile
+    return MassScratch(logits, torch.empty(num_reqs, num_q_heads, lse_tiles, dtype=torch.float32, device=device))
 
 
 def score_pages(
@@ -86,19 +192,24 @@ def score_pages(
     *,
     page_size: int,
     group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    scale: float = 1.0,
     out: torch.Tensor | None = None,
+    scratch: MassScratch | None = None,
     fill_tail: bool = True,
 ) -> torch.Tensor:
-    """Bound ``q.k`` over every key of each page; see :func:`quest_vllm.ops.reference.score_pages`.
+    """Score each page from its summary; see :func:`quest_vllm.ops.reference.score_pages`.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``, ``summaries``
     ``[num_blocks, num_kv_heads, pages_per_block, 2, head_dim]``, ``block_table`` ``[num_reqs, max_blocks]`` int32,
     ``seq_lens`` ``[num_reqs]`` int32. Returns ``out`` (made when None), ``[num_reqs, num_score_heads, max_pages]``
-    float32. ``fill_tail=False`` leaves the entries past a request's end as they were, so that the work doesn't grow
-    with ``max_pages``; :func:`select_pages` never reads them. Raises ``ValueError`` for an unknown reduction.
+    float32. ``scratch`` (made when None) serves "mass" alone. ``fill_tail=False`` leaves the entries past a request's
+    end as they were, so that the work doesn't grow with ``max_pages``; :func:`select_pages` never reads them. Raises
+    ``ValueError`` for an unknown reduction or a radius outside [0, 1].
     """
     if group_reduction not in REDUCTIONS:
         raise ValueError(f"group_reduction: expected one of {tuple(REDUCTIONS)}, got {group_reduction!r}")
+    check_bound_radius(bound_radius)
     num_reqs, num_q_heads, head_dim = query.shape
     num_kv_heads, pages_per_block = summaries.shape[1:3]
     max_pages = block_table.shape[1] * pages_per_block
@@ -108,6 +219,11 @@ def score_pages(
         out = torch.empty(num_reqs, num_heads, max_pages, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
+    mass = group_reduction == "mass"
+    bounds = lse = out
+    if mass:
+        scratch = scratch or mass_scratch(num_reqs, num_q_heads, max_pages, device=query.device)
+        bounds, lse = scratch.logits, scratch.lse
     padded_dim = padded(head_dim, 16)
     tile, stages = dot_tile(PAGES_PER_TILE, padded_dim * summaries.element_size())
     # how many programs share a row changes no result: a page's score depends on its own tile column only
@@ -117,12 +233,17 @@ def score_pages(
         summaries,
         block_table,
         seq_lens,
-        out,
+        bounds,
+        lse,
         max_pages,
+        (1.0 + bound_radius) / 2,
+        (1.0 - bound_radius) / 2,
+        float(scale),
         *query.stride()[:2],
         *summaries.stride()[:4],
         block_table.stride(0),
-        *out.stride()[:2],
+        *bounds.stride()[:2],
+        *lse.stride()[:2],
         PAGE_SIZE=page_size,
         PAGES_PER_BLOCK=pages_per_block,
         GROUP=group,
@@ -131,8 +252,44 @@ def score_pages(
         PADDED_DIM=padded_dim,
         TILE=tile,
         REDUCTION=REDUCTIONS[group_reduction],
-        FILL_TAIL=fill_tail,
+        FULL_RADIUS=bound_radius == 1.0,
+        FILL_TAIL=fill_tail and not mass,
         num_warps=4,
         num_stages=stages,
     )
+    if mass:
+        _combine_mass(bounds, lse, seq_lens, out, page_size, tile, fill_tail)
     return out
+
+
+def _combine_mass(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    page_size: int,
+    tile: int,
+    fill_tail: bool,
+) -> None:
+    num_reqs, num_kv_heads, max_pages = out.shape
+    group = logits.shape[1] // num_kv_heads
+    combine_tile = min(PAGES_PER_COMBINE_TILE, padded(max_pages, 16))
+    tiles = min(cdiv(max_pages, combine_tile), max(1, TARGET_PROGRAMS // (num_reqs * num_kv_heads)))
+    combine_mass_kernel[(tiles, num_kv_heads, num_reqs)](
+        logits,
+        lse,
+        seq_lens,
+        out,
+        max_pages,
+        *logits.stride()[:2],
+        *lse.stride()[:2],
+        *out.stride()[:2],
+        PAGE_SIZE=page_size,
+        GROUP=group,
+        PADDED_GROUP=padded(group),
+        TILE=tile,
+        COMBINE_TILE=combine_tile,
+        LSE_TILE=LSE_TILE,
+        FILL_TAIL=fill_tail,
+        num_warps=4,
+    )

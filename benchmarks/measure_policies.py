@@ -1,0 +1,261 @@
+"""How much of dense attention each choice of pages keeps: KL on running text, and needles, at equal budgets.
+
+usage: measure_policies.py MODEL --sweep NAME [--texts even|odd|all] [--needles N] [--output FILE.json]
+
+A quick reference outside vLLM: prefixes of 4K tokens are prefilled densely; the 64 tokens after each (or a question
+and its answer) are decoded under teacher forcing through the same operations that serve, with each policy in turn.
+``kl`` is KL(dense || policy) of the next token, mean over rows, then texts; ``needle_nll`` the negative log-likelihood
+of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding would give. Intervals are 95%
+bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
+
+Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_reference import Prefix, ReferenceModel, Run
+from policy_texts import Question, Text, needles, texts
+
+from quest_vllm.config import QuestConfig
+from quest_vllm.ops.api import Ops
+from quest_vllm.policies import BoundPolicy, OraclePolicy, PagePolicy, TwoStagePolicy
+
+CONTEXT, ROWS, KEYS = 4096, 64, 8
+BUDGETS = (128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with what a server's configuration would hold beside it."""
+
+    name: str
+    policy: PagePolicy
+    sink_pages: int = 1
+    recent_pages: int = 2
+    page_size: int = 16
+
+    def run(self, budget: int) -> Run:
+        """One pass at ``budget`` tokens."""
+        return Run(self.policy, self.page_size, budget, self.sink_pages, self.recent_pages)
+
+    def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int) -> int:
+        """Bytes a layer and step at CONTEXT tokens in 16-bit elements."""
+        per_query_head = getattr(self.policy, "group_reduction", "") == "per_query_head"
+        units = num_q_heads if per_query_head else num_kv_heads
+        page_bytes, pages = self.page_size * 4 * dim, CONTEXT // self.page_size
+        return units * self.policy.bytes_read(pages, -(-budget // self.page_size), page_bytes, 4 * dim)
+
+
+def original(ops: Ops, page_size: int = 16) -> Candidate:
+    """Quest as published: the bound, nothing forced but the current page."""
+    return Candidate("original", BoundPolicy(ops, "max", 1.0), 0, 1, page_size)
+
+
+def default(ops: Ops, page_size: int = 16) -> Candidate:
+    """What the server does when nobody sets anything."""
+    config = QuestConfig(page_size=page_size)
+    policy = BoundPolicy(ops, config.group_reduction, config.bound_radius)
+    return Candidate("default", policy, config.sink_pages, config.recent_pages, page_size)
+
+
+def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 2, page_size: int = 16) -> Candidate:
+    """A policy from summaries alone, named by its settings."""
+    name = f"{reduction} radius {radius:g}, {sink} sink {recent} recent"
+    return Candidate(name, BoundPolicy(ops, reduction, radius), sink, recent, page_size)
+
+
+def radius_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """Reduction by radius, the same pages forced."""
+    found = [original(ops, page_size), Candidate("oracle", OraclePolicy(ops), page_size=page_size)]
+    grid = {"max": (0.25, 0.5, 1.0), "mean": (0.5,), "mass": (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)}
+    return found + [bound(ops, reduction, a, page_size=page_size) for reduction, radii in grid.items() for a in radii]
+
+
+def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """Forced pages, the default's score."""
+    base = default(ops).policy
+    assert isinstance(base, BoundPolicy)
+    score = (base.group_reduction, base.bound_radius)
+    pairs = ((0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4))
+    return [bound(ops, *score, sink, recent, page_size) for sink, recent in pairs]
+
+
+def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """From the original to the oracle."""
+    first = default(ops, page_size).policy
+    assert isinstance(first, BoundPolicy)
+    return [
+        original(ops, page_size),
+        bound(ops, "max", 1.0, page_size=page_size),
+        default(ops, page_size),
+        bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
+        *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
+        Candidate("oracle", OraclePolicy(ops), page_size=page_size),
+    ]
+
+
+SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
+    "radius": radius_sweep,
+    "forced": forced_sweep,
+    "selectors": selector_sweep,
+}
+
+
+def interval(values: list[float], draws: int = 2000) -> dict[str, float]:
+    """Mean and its 95% bootstrap interval; the seed is fixed, so policies share their resamples."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return {"mean": statistics.fmean(values), "low": means[draws // 40], "high": means[-draws // 40 - 1]}
+
+
+class TextTask:
+    """KL of the rows of one text."""
+
+    def __init__(self, model: ReferenceModel, text: Text, page_size: int) -> None:
+        self.model, self.rows = model, text.rows
+        self.prefix: Prefix = model.prefill(text.prefix, ROWS, (page_size,))
+        self.dense = self._log_probs(Run(None, page_size))
+
+    def _log_probs(self, run: Run) -> torch.Tensor:
+        return self.model.decode(self.prefix, [self.rows], run)[0].log_softmax(-1)
+
+    def measure(self, run: Run) -> dict[str, list[float]]:
+        """One value: the mean over the rows."""
+        found = self._log_probs(run)
+        divergence = (self.dense.exp() * (self.dense - found)).sum(-1)
+        return {"kl": [float(divergence.mean())]}
+
+
+class NeedleTask:
+    """Every needle of one prefix, each asked for by itself."""
+
+    def __init__(self, model: ReferenceModel, prefix: list[int], questions: list[Question], page_size: int) -> None:
+        self.model, self.questions = model, questions
+        rows = sum(len(question.tokens) for question in questions)
+        self.prefix = model.prefill(prefix, rows, (page_size,))
+
+    def measure(self, run: Run) -> dict[str, list[float]]:
+        """Two values a question."""
+        found: dict[str, list[float]] = {"needle_nll": [], "needle_hits": []}
+        logits = self.model.decode(self.prefix, [question.tokens for question in self.questions], run)
+        for question, rows in zip(self.questions, logits, strict=True):
+            wanted = torch.tensor(question.tokens[-question.answer :])
+            log_probs = rows[-question.answer - 1 : -1].log_softmax(-1)
+            found["needle_nll"].append(-float(log_probs.gather(1, wanted[:, None]).mean()))
+            found["needle_hits"].append(float((log_probs.argmax(-1) == wanted).all()))
+        return found
+
+
+def tasks(model: ReferenceModel, chosen: list[Text], seeds: range, page_size: int) -> Iterator[Any]:
+    """One after the other: a prefix is hundreds of megabytes."""
+    for text in chosen:
+        yield TextTask(model, text, page_size)
+    for seed in seeds:
+        prefix, questions, _ = needles(model.encode, CONTEXT, KEYS, seed)
+        yield NeedleTask(model, prefix, questions, page_size)
+
+
+def measure(candidates: list[Candidate], stream: Iterator[Any], page_size: int) -> Iterator[list[dict[str, Any]]]:
+    """After each prefix, the results so far: one a candidate and budget, the first of them dense."""
+    runs = [("dense", 0, Run(None, page_size))]
+    runs += [(candidate.name, budget, candidate.run(budget)) for candidate in candidates for budget in BUDGETS]
+    values: list[dict[str, list[float]]] = [{} for _ in runs]
+    for number, task in enumerate(stream):
+        started = time.monotonic()
+        for (_, _, run), kept in zip(runs, values, strict=True):
+            for metric, found in task.measure(run).items():
+                kept.setdefault(metric, []).extend(found)
+        print(f"prefix {number}: {len(runs)} passes in {time.monotonic() - started:.0f} s", flush=True)
+        yield [result(*run[:2], kept) for run, kept in zip(runs, values, strict=True)]
+
+
+def result(name: str, budget: int, values: dict[str, list[float]]) -> dict[str, Any]:
+    """One line of the JSON."""
+    rounded = {metric: [round(value, 5) for value in found] for metric, found in values.items()}
+    means = {metric: interval(found) for metric, found in values.items() if found}
+    return {"policy": name, "budget": budget} | means | {"values": rounded}
+
+
+def add_gap_closed(results: list[dict[str, Any]]) -> None:
+    """How much of the way from the original to the oracle each policy goes, where both were run."""
+    by_key = {(r["policy"], r["budget"]): r for r in results}
+    for one in results:
+        worst, best = by_key.get(("original", one["budget"])), by_key.get(("oracle", one["budget"]))
+        if worst and best:
+            for metric in ("kl", "needle_nll", "needle_hits"):
+                if metric in one and worst[metric]["mean"] != best[metric]["mean"]:
+                    gap = worst[metric]["mean"] - best[metric]["mean"]
+                    one.setdefault("gap_closed", {})[metric] = (worst[metric]["mean"] - one[metric]["mean"]) / gap
+
+
+def commit() -> str:
+    """The checkout's commit, or "unknown" outside one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def show(one: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{one['policy']:32s} {one['budget']:5d}"]
+    parts += [f"{m} {one[m]['mean']:.4f}" for m in ("kl", "needle_nll", "needle_hits") if m in one]
+    parts += [f"{m} gap {100 * share:.0f}%" for m, share in one.get("gap_closed", {}).items()]
+    return "  ".join(parts)
+
+
+def main() -> None:
+    """Run a sweep, print it and write one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--sweep", choices=SWEEPS, required=True)
+    parser.add_argument("--texts", choices=("even", "odd", "all"), default="all")
+    parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first of them")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = ReferenceModel(arguments.model)
+    step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[arguments.texts]
+    chosen = texts(model.encode, CONTEXT, ROWS)[step]
+    candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
+    seeds = range(arguments.seed, arguments.seed + arguments.needles)
+    document = {
+        "benchmark": "page_policies",
+        "model": arguments.model.name,
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "context": CONTEXT,
+        "rows_per_text": ROWS,
+        "page_size": arguments.page_size,
+        "dense_layers": list(Run(None).dense_layers),
+        "texts": {text.name: text.sha256 for text in chosen},
+        "needle_questions": arguments.needles * KEYS,
+    }
+    sizes = {candidate.name: candidate for candidate in candidates}
+    for results in measure(candidates, tasks(model, chosen, seeds, arguments.page_size), arguments.page_size):
+        add_gap_closed(results)
+        for one in results[1:]:
+            one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
+    print("\n".join(map(show, results)))
+
+
+if __name__ == "__main__":
+    main()

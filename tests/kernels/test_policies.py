@@ -1,0 +1,138 @@
+"""The page policies: what each must choose, on keys where that can be computed another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quest_vllm.ops import reference
+from quest_vllm.ops.api import load_ops
+from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, TwoStagePolicy
+from tests.kernels.paged import PagedCase, make_case
+
+OPS = load_ops("torch", "cpu")
+FREE = {"sink_pages": 0, "recent_pages": 0}
+cases = st.builds(
+    make_case,
+    st.lists(st.integers(0, 200), min_size=1, max_size=3),
+    num_kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.just(16),
+    block_size=st.sampled_from([32, 64]),
+    page_size=st.sampled_from([16, 32]),
+    seed=st.integers(0, 2**16),
+)
+
+
+def step_of(case: PagedCase, budget: int, **forced: int) -> DecodeStep:
+    return DecodeStep(
+        query=case.query,
+        key_cache=case.views.keys,
+        summaries=case.views.summaries,
+        block_table=case.block_table,
+        seq_lens=case.seq_lens,
+        page_budgets=torch.full_like(case.seq_lens, budget),
+        max_page_budget=budget,
+        page_size=case.page_size,
+        scale=case.query.shape[-1] ** -0.5,
+        **forced,
+    )
+
+
+def true_mass(case: PagedCase, row: int, kv_head: int) -> torch.Tensor:
+    """Mass of each page, summed over the group, from a plain softmax over the request's tokens: ``[pages]``."""
+    length, block_size = int(case.seq_lens[row]), case.views.keys.shape[2]
+    group = case.query.shape[1] // case.views.keys.shape[1]
+    positions = torch.arange(length)
+    keys = case.views.keys[case.block_table[row].long()[positions // block_size], kv_head, positions % block_size]
+    heads = case.query[row, kv_head * group : (kv_head + 1) * group].double()
+    weights = torch.softmax(heads @ keys.double().T * case.query.shape[-1] ** -0.5, dim=-1).sum(dim=0)
+    return torch.stack([part.sum() for part in weights.split(case.page_size)]) if length else weights
+
+
+def chosen_mass(case: PagedCase, selected: torch.Tensor) -> list[float]:
+    return [
+        float(true_mass(case, row, head)[[page for page in pages.tolist() if page >= 0]].sum())
+        for row in range(len(case.seq_lens))
+        for head, pages in enumerate(selected[row])
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, st.integers(1, 5))
+def test_the_oracle_takes_the_pages_of_most_mass(case: PagedCase, budget: int) -> None:
+    selected = OraclePolicy(OPS).choose(step_of(case, budget, **FREE))
+    best = [
+        float(true_mass(case, row, head).sort(descending=True).values[:budget].sum())
+        for row in range(len(case.seq_lens))
+        for head in range(case.views.keys.shape[1])
+    ]
+    torch.testing.assert_close(torch.tensor(chosen_mass(case, selected)), torch.tensor(best), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, st.integers(1, 5), st.booleans())
+def test_a_shortlist_of_all_pages_is_the_oracle(case: PagedCase, budget: int, forced: bool) -> None:
+    step = step_of(case, budget, **({} if forced else FREE))
+    every = TwoStagePolicy(BoundPolicy(OPS, "mass", 0.25), shortlist=20)
+    assert torch.equal(every.choose(step), OraclePolicy(OPS).choose(step))
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, st.integers(3, 6))
+def test_a_shortlist_of_the_budget_is_the_first_stage(case: PagedCase, budget: int) -> None:
+    first = BoundPolicy(OPS, "mass", 0.25)
+    assert torch.equal(TwoStagePolicy(first, 1).choose(step_of(case, budget)), first.choose(step_of(case, budget)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, st.integers(3, 5), st.sampled_from([1.5, 2.0, 4.0]))
+def test_two_stages_choose_from_the_shortlist_and_keep_the_forced_pages(
+    case: PagedCase, budget: int, shortlist: float
+) -> None:
+    first = BoundPolicy(OPS, "max", 1.0)
+    selected = TwoStagePolicy(first, shortlist).choose(step_of(case, budget))
+    listed = first.choose(step_of(case, -int(-budget * shortlist // 1)))
+    for row, length in enumerate(case.seq_lens.tolist()):
+        pages = -(-length // case.page_size)
+        for head in range(selected.shape[1]):
+            kept = [page for page in selected[row, head].tolist() if page >= 0]
+            assert len(kept) == min(budget, pages)
+            assert set(kept) <= set(listed[row, head].tolist())
+            assert {0, pages - 1, pages - 2} & set(range(pages)) <= set(kept)
+
+
+def test_a_needle_that_the_box_hides_is_found_by_the_second_stage() -> None:
+    """Keys of opposite signs blow a page's box up; the exact mass is not fooled."""
+    case = make_case([16 * 12], num_kv_heads=1, group=1, head_dim=16)
+    case.query[:] = 1.0
+    slots = case.slots()
+    place = (slots // 32, 0, slots % 32)
+    case.views.keys[place] = 0.0
+    noisy = slots[16 * 2 : 16 * 8]
+    case.views.keys[noisy // 32, 0, noisy % 32] = torch.randn(len(noisy), 16).sign() * 2
+    needle = slots[16 * 9 + 5]
+    case.views.keys[needle // 32, 0, needle % 32] = 1.5
+    reference.update_page_summaries(case.views.keys, case.views.summaries, slots, page_size=16)
+    step = step_of(case, 4)
+    bound = BoundPolicy(OPS)
+    assert 9 not in bound.choose(step)[0, 0].tolist()
+    assert 9 in TwoStagePolicy(bound, 4).choose(step)[0, 0].tolist()
+
+
+def test_bytes_read_are_those_of_the_byte_model() -> None:
+    page, summary = 16 * 2 * 64 * 2, 2 * 64 * 2  # bfloat16, head_dim 64, 16 tokens
+    bound = BoundPolicy(OPS)
+    assert bound.bytes_read(256, 16, page, summary) == 256 * summary + 16 * page
+    assert bound.bytes_read(8, 16, page, summary) == 8 * summary + 8 * page
+    assert OraclePolicy(OPS).bytes_read(256, 16, page, summary) == 256 * page // 2 + 16 * page // 2
+    two = TwoStagePolicy(bound, 2.0)
+    assert two.bytes_read(256, 16, page, summary) == 256 * summary + 16 * page + 32 * page // 2
+
+
+@pytest.mark.parametrize("shortlist", [0.5, 0.0, -1.0, float("nan")])
+def test_a_shortlist_below_the_budget_is_refused(shortlist: float) -> None:
+    with pytest.raises(ValueError, match=f"shortlist: expected 1 or more times the budget, got {shortlist}"):
+        TwoStagePolicy(BoundPolicy(OPS), shortlist)
