@@ -136,3 +136,28 @@ def live_requests(worker: Any) -> list[tuple[list[int], int]]:
 def flash_attn_varlen_func() -> Any:
     """vLLM's FlashAttention entry point for paged, variable-length batches."""
     return importlib.import_module("vllm.v1.attention.backends.fa_utils").flash_attn_varlen_func
+
+
+def device_capability(major: int, minor: int) -> Any:
+    """vLLM's ``DeviceCapability``."""
+    return importlib.import_module("vllm.platforms.interface").DeviceCapability(major, minor)
+
+
+def validate_attention(backend: Any, layer: dict[str, Any], capability: Any) -> list[str]:
+    """vLLM's reasons why ``backend`` cannot serve a layer; ``layer`` holds fields of ``AttentionSelectorConfig``."""
+    selector = importlib.import_module("vllm.v1.attention.selector")
+    config = selector.AttentionSelectorConfig(**layer)
+    reasons: list[str] = backend.validate_configuration(device_capability=capability, **config._asdict())
+    return reasons
+
+
+def default_model_runner(is_cpu: bool) -> str:
+    """The model runner that vLLM takes unless a feature forbids it: "V1" or "V2"."""
+    forced = importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER
+    has_triton = importlib.import_module("vllm.triton_utils").HAS_TRITON
+    return "V2" if (has_triton and not is_cpu if forced is None else forced) else "V1"
+
+
+def cpu_kv_format(dtype: Any, head_size: int) -> str:
+    """How vLLM-CPU packs keys and values of this type here: "amx", "vec", "vec16", ..."""
+    return str(cpu_attention()._get_attn_isa(dtype, 128, head_size))

@@ -19,13 +19,14 @@ def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: li
     """
     config = activate(vllm_config) if vllm_config is not None else active_config()
     if kv_cache_spec is not None and layer_names is not None:
-        _check_pipeline(vllm_config)
-        _check_block_size(kv_cache_spec.block_size, config.page_size)
+        refuse_engine_features(vllm_config)
+        refuse_block_size(kv_cache_spec.block_size, config.page_size)
         _report(config, layer_names, kv_cache_spec)
     return config
 
 
-def _check_pipeline(vllm_config: Any) -> None:
+def refuse_engine_features(vllm_config: Any) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for an engine in which budgets would not reach every worker."""
     # model runner V2 tells logits processors of new requests on the last pipeline rank alone: the others would not
     # know the budgets. Can go once V2 calls add_request on every rank.
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner:
@@ -35,7 +36,8 @@ def _check_pipeline(vllm_config: Any) -> None:
         )
 
 
-def _check_block_size(block_size: int, page_size: int) -> None:
+def refuse_block_size(block_size: int, page_size: int) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` where a block does not hold a whole number of pages."""
     if block_size % page_size:
         raise compat.UnsupportedVllm(
             f"page_size: a KV block must hold a whole number of pages, got block size {block_size} with page_size "
