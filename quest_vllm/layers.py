@@ -7,6 +7,7 @@ from typing import Any
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
+from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
 logger = logging.getLogger("vllm.quest_vllm")
@@ -33,6 +34,16 @@ def refuse_engine_features(vllm_config: Any) -> None:
         raise compat.UnsupportedVllm(
             "quest_vllm does not support pipeline parallelism with model runner V2; use --tensor-parallel-size, or "
             "start without --attention-backend CUSTOM"
+        )
+    # model runner V1 drops plugins' logits processors when it speculates; our CPU worker puts ours back
+    parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None and not (
+        vllm_config.use_v2_model_runner or parallel.worker_cls == CPU_WORKER
+    ):
+        raise compat.UnsupportedVllm(
+            "quest_vllm does not support speculative decoding with model runner V1 and worker "
+            f"{parallel.worker_cls!r}: token budgets would not reach it; leave --worker-cls out and "
+            "VLLM_USE_V2_MODEL_RUNNER unset, or start without --attention-backend CUSTOM"
         )
 
 
@@ -74,6 +85,18 @@ def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
     if windowed:
         logger.info("quest_vllm: %d sliding-window layers stay dense", windowed)
     return sum(is_sparse_layer(name, layer.impl, config) for name, layer in layers.items())
+
+
+def counts_rows(vllm_config: Any, layer_names: list[str], config: QuestConfig) -> bool:
+    """Whether the builder of ``layer_names`` counts rows: of all groups and ranks, that of the first sparse layer.
+
+    A model with sliding windows has several KV cache groups, each with a builder, and more than one may be sparse.
+    """
+    if vllm_config.parallel_config.rank != 0:
+        return False
+    every = compat.attention_layers(vllm_config, None)
+    first = next((name for name, layer in every.items() if is_sparse_layer(name, layer.impl, config)), None)
+    return first in layer_names
 
 
 def has_window(impl: Any) -> bool:

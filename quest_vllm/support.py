@@ -15,7 +15,7 @@ from typing import Any
 
 from quest_vllm import compat, layers
 from quest_vllm.config import PAGE_SIZES
-from quest_vllm.plugin import CPU_BACKEND, CUDA_BACKEND
+from quest_vllm.plugin import CPU_BACKEND, CPU_WORKER, CUDA_BACKEND
 
 HOPPER = (9, 0)
 SELECTOR_FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -113,16 +113,20 @@ def _start_up_checks(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for runner, is_v2 in runners:
         engine = _engine(is_v2, pipeline_parallel_size=2)
         yield f"pipeline parallelism, model runner {runner}", partial(layers.refuse_engine_features, engine)
+        worker = CPU_WORKER if device == "cpu" else "auto"
+        engine = _engine(is_v2, speculates=True, worker_cls=worker)
+        yield f"speculative decoding, model runner {runner}", partial(layers.refuse_engine_features, engine)
     block = 32 if device == "cpu" else 16
     for size in PAGE_SIZES:
         yield f"page size {size} with blocks of {block} tokens", partial(layers.refuse_block_size, block, size)
 
 
-def _engine(v2: bool, **parallel: int) -> Any:
+def _engine(v2: bool, speculates: bool = False, pipeline_parallel_size: int = 1, worker_cls: str = "auto") -> Any:
     """As much of a VllmConfig as the engine checks read."""
     return SimpleNamespace(
         use_v2_model_runner=v2,
-        parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1} | parallel),
+        speculative_config=SimpleNamespace() if speculates else None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline_parallel_size, worker_cls=worker_cls),
     )
 
 
