@@ -5,6 +5,7 @@ Run it through vLLM: ``llm.collective_rpc(audit_summaries)``. Slow (it reads the
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,14 @@ def audit_summaries(worker: Any) -> AuditReport:
     """Audit every layer of ``worker``.
 
     A page written at some time must carry the exact min/max of its rows 0..r for some r; a page of a running request
-    must do so for an r that covers its stored rows. Pages never written (all zero) are skipped.
+    must do so for an r that covers its stored rows. Pages never written (all zero) are skipped, and so are pages of no
+    running request in memory that layers of several KV cache groups share: a sliding-window layer, which keeps no
+    summaries, may have had them last.
     """
     report = AuditReport(0, 0, 0, [])
-    live = compat.live_requests(worker)
-    for name, layer in compat.cached_layers(worker).items():
+    layers = compat.cached_layers(worker)
+    owners = Counter(layer.kv_cache.data_ptr() for layer in layers.values())
+    for name, layer in layers.items():
         config = layer.impl.config
         if has_window(layer.impl):
             continue
@@ -41,8 +45,9 @@ def audit_summaries(worker: Any) -> AuditReport:
         keys = _rows(views.keys, layer)
         lowest, highest = _running_extremes(keys, config.page_size)
         report.layers += 1
-        _audit_blocks(name, views.summaries, lowest, highest, report)
-        for blocks, length in live:
+        if owners[layer.kv_cache.data_ptr()] == 1:
+            _audit_blocks(name, views.summaries, lowest, highest, report)
+        for blocks, length in compat.live_requests(worker, name):
             _audit_request(name, blocks, length, views.summaries, lowest, highest, report)
     return report
 

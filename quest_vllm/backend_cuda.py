@@ -20,7 +20,7 @@ from quest_vllm.accounting import LayerGroup, record_step
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import count_sparse_layers, is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import Ops, load_ops
 from quest_vllm.page_layout import PageViews, split_chunks
@@ -102,7 +102,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             head_dim=self.headdim,
             element_size=kv_cache_spec.dtype.itemsize,
             page_size=self.config.page_size,
-            counts_rows=vllm_config.parallel_config.rank == 0 and self.num_sparse_layers > 0,
+            counts_rows=counts_rows(vllm_config, layer_names, self.config),
         )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCudaMetadata:

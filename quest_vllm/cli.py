@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import quest_vllm
+from quest_vllm import check
 
 BACKEND_FLAG = "--attention-backend"
 MIDDLEWARE = ["--middleware", "quest_vllm.metrics_http.QuestMiddleware"]
@@ -77,49 +78,6 @@ def serve(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _implementations(device: str) -> list[str]:
-    """Say of every implementation of the operations whether it runs on ``device``, and if not, why."""
-    from quest_vllm.config import IMPLEMENTATIONS
-    from quest_vllm.ops.api import load_ops
-
-    lines = []
-    for name in IMPLEMENTATIONS[1:]:  # the first is auto
-        try:
-            load_ops(name, device)
-            lines.append(f"  {name}: available")
-        except Exception as error:  # whatever stops an import is what the user wants to read
-            lines.append(f"  {name}: not here ({str(error).splitlines()[0]})")
-    return lines
-
-
-def check() -> int:
-    """Print versions, device, kernels and the configuration in force; 1 where something would stop a server."""
-    import torch
-
-    from quest_vllm import compat
-    from quest_vllm.config import load_config
-    from quest_vllm.errors import QuestError
-    from quest_vllm.ops.api import load_ops
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    print(f"quest-vllm {quest_vllm.__version__}, vllm {compat.vllm_version()}, torch {torch.__version__}, {name}")
-    try:
-        compat.check_vllm_version()
-        config = load_config(None)
-        ops = load_ops(config.implementation, device)
-    except (QuestError, ValueError) as error:
-        print(f"problem: {error}")
-        return 1
-    print(f"kernels: {ops.name} on {device}")
-    print("implementations:", *_implementations(device), sep="\n")
-    print("configuration in force:")
-    for key, value in vars(config).items():
-        print(f"  {key}: {value}")
-    print(f"legal token budgets: 0 (dense), or {config.min_token_budget} to the model's max_model_len")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -132,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=quest_vllm.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="vllm serve with sparse decode on", add_help=False)
-    commands.add_parser("check", help="what this machine can do, and the configuration in force")
-    if parser.parse_args(arguments).command == "check":
-        return check()
+    check.add_arguments(commands.add_parser("check", help="what this machine can do, what is refused, what to expect"))
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "check":
+        return check.run(parsed)
     parser.error("serve: expected a MODEL")
 
 

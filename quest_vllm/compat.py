@@ -7,6 +7,7 @@ that importing quest_vllm neither imports vLLM nor touches a device.
 |---|---|---|
 | ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends own their spec |
 | ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
+| ``v1.worker.cpu_worker.CPUWorker`` subclass | V1 drops plugins' logits processors when it speculates | V1 keeps them |
 | ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
 """
 
@@ -76,6 +77,11 @@ def cpu_platform_module() -> ModuleType:
     return importlib.import_module("vllm.platforms.cpu")
 
 
+def cpu_worker() -> ModuleType:
+    """``vllm.v1.worker.cpu_worker``."""
+    return importlib.import_module("vllm.v1.worker.cpu_worker")
+
+
 def stock_cpu_platform() -> str | None:
     """The CPU platform class that vLLM itself would choose, or None where vLLM is not a CPU build."""
     return importlib.import_module("vllm.platforms").cpu_platform_plugin()
@@ -96,8 +102,8 @@ def layer_index(layer_name: str) -> int:
     return importlib.import_module("vllm.model_executor.models.utils").extract_layer_index(layer_name)
 
 
-def attention_layers(vllm_config: Any, layer_names: list[str]) -> dict[str, Any]:
-    """The attention modules of ``layer_names``, keyed by name."""
+def attention_layers(vllm_config: Any, layer_names: list[str] | None) -> dict[str, Any]:
+    """The attention modules of ``layer_names`` (None: all of this rank's), keyed by name."""
     attention = importlib.import_module("vllm.model_executor.layers.attention").Attention
     return importlib.import_module("vllm.config").get_layers_from_vllm_config(vllm_config, attention, layer_names)
 
@@ -121,12 +127,16 @@ def _tensor() -> type:
     return importlib.import_module("torch").Tensor
 
 
-def live_requests(worker: Any) -> list[tuple[list[int], int]]:
-    """``(block ids, tokens stored in the KV cache)`` of each running request; none under model runner V2."""
+def live_requests(worker: Any, layer_name: str) -> list[tuple[list[int], int]]:
+    """``(block ids, tokens stored in the KV cache)`` of each running request; none under model runner V2.
+
+    Block ids are those of ``layer_name``'s KV cache group: models with sliding windows have several.
+    """
     batch = getattr(worker.model_runner, "input_batch", None)
     if batch is None:
         return []
-    table = batch.block_table[0]
+    groups = worker.model_runner.kv_cache_config.kv_cache_groups
+    table = batch.block_table[next(i for i, group in enumerate(groups) if layer_name in group.layer_names)]
     return [
         (table.block_table.np[row, : table.num_blocks_per_row[row]].tolist(), int(batch.num_computed_tokens_cpu[row]))
         for row in range(batch.num_reqs)
@@ -136,3 +146,28 @@ def live_requests(worker: Any) -> list[tuple[list[int], int]]:
 def flash_attn_varlen_func() -> Any:
     """vLLM's FlashAttention entry point for paged, variable-length batches."""
     return importlib.import_module("vllm.v1.attention.backends.fa_utils").flash_attn_varlen_func
+
+
+def device_capability(major: int, minor: int) -> Any:
+    """vLLM's ``DeviceCapability``."""
+    return importlib.import_module("vllm.platforms.interface").DeviceCapability(major, minor)
+
+
+def validate_attention(backend: Any, layer: dict[str, Any], capability: Any) -> list[str]:
+    """vLLM's reasons why ``backend`` cannot serve a layer; ``layer`` holds fields of ``AttentionSelectorConfig``."""
+    selector = importlib.import_module("vllm.v1.attention.selector")
+    config = selector.AttentionSelectorConfig(**layer)
+    reasons: list[str] = backend.validate_configuration(device_capability=capability, **config._asdict())
+    return reasons
+
+
+def default_model_runner(is_cpu: bool) -> str:
+    """The model runner that vLLM takes unless a feature forbids it: "V1" or "V2"."""
+    forced = importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER
+    has_triton = importlib.import_module("vllm.triton_utils").HAS_TRITON
+    return "V2" if (has_triton and not is_cpu if forced is None else forced) else "V1"
+
+
+def cpu_kv_format(dtype: Any, head_size: int) -> str:
+    """How vLLM-CPU packs keys and values of this type here: "amx", "vec", "vec16", ..."""
+    return str(cpu_attention()._get_attn_isa(dtype, 128, head_size))

@@ -7,6 +7,7 @@ from typing import Any
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
+from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
 logger = logging.getLogger("vllm.quest_vllm")
@@ -19,13 +20,14 @@ def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: li
     """
     config = activate(vllm_config) if vllm_config is not None else active_config()
     if kv_cache_spec is not None and layer_names is not None:
-        _check_pipeline(vllm_config)
-        _check_block_size(kv_cache_spec.block_size, config.page_size)
+        refuse_engine_features(vllm_config)
+        refuse_block_size(kv_cache_spec.block_size, config.page_size)
         _report(config, layer_names, kv_cache_spec)
     return config
 
 
-def _check_pipeline(vllm_config: Any) -> None:
+def refuse_engine_features(vllm_config: Any) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for an engine in which budgets would not reach every worker."""
     # model runner V2 tells logits processors of new requests on the last pipeline rank alone: the others would not
     # know the budgets. Can go once V2 calls add_request on every rank.
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.use_v2_model_runner:
@@ -33,9 +35,20 @@ def _check_pipeline(vllm_config: Any) -> None:
             "quest_vllm does not support pipeline parallelism with model runner V2; use --tensor-parallel-size, or "
             "start without --attention-backend CUSTOM"
         )
+    # model runner V1 drops plugins' logits processors when it speculates; our CPU worker puts ours back
+    parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None and not (
+        vllm_config.use_v2_model_runner or parallel.worker_cls == CPU_WORKER
+    ):
+        raise compat.UnsupportedVllm(
+            "quest_vllm does not support speculative decoding with model runner V1 and worker "
+            f"{parallel.worker_cls!r}: token budgets would not reach it; leave --worker-cls out and "
+            "VLLM_USE_V2_MODEL_RUNNER unset, or start without --attention-backend CUSTOM"
+        )
 
 
-def _check_block_size(block_size: int, page_size: int) -> None:
+def refuse_block_size(block_size: int, page_size: int) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` where a block does not hold a whole number of pages."""
     if block_size % page_size:
         raise compat.UnsupportedVllm(
             f"page_size: a KV block must hold a whole number of pages, got block size {block_size} with page_size "
@@ -72,6 +85,18 @@ def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
     if windowed:
         logger.info("quest_vllm: %d sliding-window layers stay dense", windowed)
     return sum(is_sparse_layer(name, layer.impl, config) for name, layer in layers.items())
+
+
+def counts_rows(vllm_config: Any, layer_names: list[str], config: QuestConfig) -> bool:
+    """Whether the builder of ``layer_names`` counts rows: of all groups and ranks, that of the first sparse layer.
+
+    A model with sliding windows has several KV cache groups, each with a builder, and more than one may be sparse.
+    """
+    if vllm_config.parallel_config.rank != 0:
+        return False
+    every = compat.attention_layers(vllm_config, None)
+    first = next((name for name, layer in every.items() if is_sparse_layer(name, layer.impl, config)), None)
+    return first in layer_names
 
 
 def has_window(impl: Any) -> bool:

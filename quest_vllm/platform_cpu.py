@@ -1,4 +1,4 @@
-"""vLLM's CPU platform, except that it honours ``--attention-backend CUSTOM``."""
+"""vLLM's CPU platform, except that it honours ``--attention-backend CUSTOM``, with speculative decoding too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from typing import Any
 
 from quest_vllm import compat
-from quest_vllm.plugin import CPU_BACKEND
+from quest_vllm.plugin import CPU_BACKEND, CPU_WORKER
+
+STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 logger = logging.getLogger("vllm.quest_vllm")
 _announced: set[str] = set()
@@ -20,7 +22,20 @@ def announce_once(message: str) -> None:
 
 
 class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignore[misc]
-    """The stock CPU platform plus one choice of backend."""
+    """The stock CPU platform plus one choice of backend, and of worker where that backend needs it."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """As the stock platform; under speculative decoding with CUSTOM, the worker that knows budgets.
+
+        A ``--worker-cls`` of the user's stays; :func:`quest_vllm.layers.refuse_engine_features` then stops the start.
+        """
+        super().check_and_update_config(vllm_config)
+        backend = vllm_config.attention_config.backend
+        parallel = vllm_config.parallel_config
+        speculates = vllm_config.speculative_config is not None
+        if speculates and backend is not None and backend.name == "CUSTOM" and parallel.worker_cls == STOCK_WORKER:
+            parallel.worker_cls = CPU_WORKER
 
     @classmethod
     def get_attn_backend_cls(

@@ -12,6 +12,7 @@ from quest_vllm.metrics_files import ensure_metrics_dir
 CPU_BACKEND = "quest_vllm.backend_cpu.QuestCpuBackend"
 CUDA_BACKEND = "quest_vllm.backend_cuda.QuestCudaBackend"
 CPU_PLATFORM = "quest_vllm.platform_cpu.QuestCpuPlatform"
+CPU_WORKER = "quest_vllm.worker_cpu.QuestCpuWorker"
 
 
 def register() -> None:
