@@ -28,18 +28,25 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def parse_token_budget(value: object, *, minimum: int, maximum: int, default: int, field: str = XARG) -> int:
+def parse_token_budget(
+    value: object, *, minimum: int, maximum: int, default: int, field: str = XARG, dense: bool = True
+) -> int:
     """The budget that a request asked for, in tokens; 0 is dense.
 
-    ``value`` is :data:`ABSENT` (gives ``default``), 0, or an int in [``minimum``, ``maximum``]. Anything else, bools,
-    numeric strings and whole floats included, raises :class:`QuestValueError` naming ``field``, range and value.
+    ``value`` is :data:`ABSENT` (gives ``default``), 0 (where ``dense`` is allowed), or an int in [``minimum``,
+    ``maximum``]. Anything else, bools, numeric strings and whole floats included, raises :class:`QuestValueError`
+    naming ``field``, range and value.
     """
     if value is ABSENT:
         return default
-    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or minimum <= value <= maximum):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (minimum <= value <= maximum or (value == 0 and dense))
+    ):
         return value
     legal = f"an integer from {minimum} to {maximum} (tokens)" if minimum <= maximum else f"only 0 at {maximum} tokens"
-    raise QuestValueError(f"{field}: expected 0 (dense) or {legal}, got {shown(value)}")
+    raise QuestValueError(f"{field}: expected {'0 (dense) or ' if dense else ''}{legal}, got {shown(value)}")
 
 
 def shown(value: object) -> str:
@@ -83,12 +90,18 @@ class BudgetLimits:
                 f"{field}: this server lets no request override its budget (allow_override is false): "
                 f"expected nothing or {presets}, got {shown(value)}"
             )
-        budget = parse_token_budget(
-            value, minimum=config.min_token_budget, maximum=self.max_model_len, default=config.token_budget, field=field
-        )
-        if limit := config.broken_limit(budget):
-            raise QuestValueError(f"{field}: expected {self.legal}, got {budget}: {limit}")
-        return budget
+        try:
+            return parse_token_budget(
+                value,
+                minimum=self.smallest,
+                maximum=self.largest,
+                default=config.token_budget,
+                field=field,
+                dense=config.broken_limit(0) is None,
+            )
+        except QuestValueError as error:
+            limit = config.broken_limit(value) if type(value) is int else None
+            raise (QuestValueError(f"{error}; {limit}") if limit else error) from None
 
     @property
     def presets(self) -> tuple[int, ...]:
@@ -105,12 +118,6 @@ class BudgetLimits:
         """The largest budget that a request may name, in tokens."""
         limit = self.config.max_budget
         return self.max_model_len if limit is None else min(limit, self.max_model_len)
-
-    @property
-    def legal(self) -> str:
-        """The legal range in words."""
-        dense = "0 (dense) or " if self.config.broken_limit(0) is None else ""
-        return f"{dense}an integer from {self.smallest} to {self.largest} (tokens)"
 
 
 _limits: BudgetLimits | None = None

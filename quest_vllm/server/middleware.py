@@ -20,6 +20,7 @@ GENERATE_PATHS = (
     "/v1/chat/completions/batch",
     "/v1/responses",
     "/v1/messages",
+    "/invocations",
 )
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from quest_vllm.budget import get_budget_limits
 from quest_vllm.server.asgi import Message, Send, header, with_body
-from quest_vllm.server.facts import one_token_a_step
+from quest_vllm.server.facts import steps_follow
 from quest_vllm.server.request import GenerationRequest
 from quest_vllm.server.usage import Sequences, count_usage, lengths_in
 
 Json = dict[str, Any]
 # in a chunk, "model" comes before everything that a model or client wrote
 _MODEL = re.compile(rb'"model":"(?:[^"\\]|\\.)*"')
+_NAMES_MODEL = (b'data: {"id"', b"event: message_start")
 _RESPONSE_EVENTS = (b"event: response.created", b"event: response.in_progress")
 _LAST_EVENTS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
 
@@ -104,7 +105,7 @@ class GenerationReply:
         tally = self._request.asked.countable and not self._request.asked.one_sequence and b'"token_ids":[' in event
         if last or tally or (named and self._request.asked.model is not None):
             return self._edit_parsed(event)
-        return self._rename_bytes(event) if event.startswith(b'data: {"id"') else event
+        return self._rename_bytes(event) if event.startswith(_NAMES_MODEL) else event
 
     def _edit_parsed(self, event: bytes) -> bytes:
         head, data, payload = event.partition(b"data: ")
@@ -136,7 +137,7 @@ class GenerationReply:
         usage, budget, asked = reply.get("usage"), self._request.token_budget, self._request.asked
         # Anthropic's messages have no "object", and their usage counts cached tokens apart
         totals = lengths_in(usage) if isinstance(usage, dict) and "object" in reply else None
-        if totals is None or budget is None or not one_token_a_step():
+        if totals is None or budget is None or not steps_follow():
             return
         sequences = [totals] if asked.one_sequence else None
         if sequences is None and asked.countable:

@@ -42,27 +42,33 @@ class GenerationRequest:
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def _read(self) -> bytes | None:
-        """The whole body; None where the client left. Raises :class:`Refusal` (413) as soon as it is too large."""
+        """The whole body; None where the client left. Raises :class:`Refusal` (413) for one that is too large.
+
+        Up to twice the limit is still read, and dropped: many clients only look for an answer once they have sent all.
+        """
         limit = get_budget_limits().config.max_body_bytes
         declared = header(self._scope.get("headers"), b"content-length")
-        if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
-            raise self._too_large(limit, f"{declared[:20].decode()} bytes")
+        if declared is not None and declared.isdigit() and int(declared[:20]) > 2 * limit:
+            raise self._too_large(limit)
         chunks: list[bytes] = []
-        size = 0
-        while True:
+        size, more = 0, True
+        while more and size <= 2 * limit:
             message = self._note(await self._receive())
             if message["type"] != "http.request":
                 return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit:
-                raise self._too_large(limit, f"more than {limit}")
-            if not message.get("more_body", False):
-                return b"".join(chunks)
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= limit:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+        if size > limit:
+            raise self._too_large(limit)
+        return b"".join(chunks)
 
     @staticmethod
-    def _too_large(limit: int, got: str) -> Refusal:
-        return Refusal(413, None, f"request body: expected at most {limit} bytes (max_body_bytes), got {got}")
+    def _too_large(limit: int) -> Refusal:
+        return Refusal(413, None, f"request body: expected at most {limit} bytes (max_body_bytes), got more")
 
     def _note(self, message: Message) -> Message:
         self.broken_off |= message["type"] == "http.disconnect"
