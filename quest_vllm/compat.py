@@ -105,9 +105,10 @@ def attention_layers(vllm_config: Any, layer_names: list[str]) -> dict[str, Any]
 def served_models(app: Any) -> set[str] | None:
     """Model names, adapters included, that an API server's FastAPI ``app`` answers to; None where it can't tell."""
     models = getattr(getattr(app, "state", None), "openai_serving_models", None)
-    if models is None:
+    paths = getattr(models, "base_model_paths", None)
+    if paths is None:
         return None
-    return {path.name for path in models.base_model_paths} | set(models.lora_requests)
+    return {path.name for path in paths} | set(getattr(models, "lora_requests", ()))
 
 
 def serves_custom_backend(vllm_config: Any) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import re
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -29,6 +32,7 @@ FLAGS = (
     f'--quest-min-budget 64 --quest-max-body-bytes {MAX_BODY} --allowed-origins ["{ORIGIN}"]'
 )
 EXACT = {"ignore_eos": True}
+ROOT_FOLDER = Path(__file__).parents[2]
 
 
 @dataclass
@@ -319,3 +323,45 @@ def test_streams_side_by_side_keep_their_budgets_apart(api: Api) -> None:
 
     with ThreadPoolExecutor(24) as pool:
         counters.must_equal(*pool.map(one, range(24)))
+
+
+def documented() -> list[Any]:
+    """The examples of docs/api.md: ``(language, code)``."""
+    return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT_FOLDER / "docs/api.md").read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("number", range(len(documented())))
+def test_examples_of_the_documentation(api: Api, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    language, code = documented()[number]
+    for theirs, ours in (
+        ("http://127.0.0.1:8000", api.server.url),
+        ("SmolLM2-135M-Instruct", MODEL_NAME),
+        ("Bearer -", f"Bearer {KEY}"),
+        ('api_key="-"', f'api_key="{KEY}"'),
+    ):
+        code = code.replace(theirs, ours)
+    if language == "bash":
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=100, check=True)
+        answer = json.loads(done.stdout)
+        assert "error" not in answer and "token_budget" in json.dumps(answer)
+    else:
+        exec(compile(code, f"docs/api.md, example {number}", "exec"), {})
+        assert "512" in (said := capsys.readouterr().out) or "'token_budget': 128" in said
+
+
+def test_langchain_and_litellm(api: Api) -> None:
+    """Runs where QUEST_CLIENTS_PYTHON names an interpreter that has them: they pin much and stay out of ours."""
+    interpreter = os.environ.get("QUEST_CLIENTS_PYTHON")
+    if not interpreter:
+        pytest.skip("QUEST_CLIENTS_PYTHON is not set (a Python with langchain-openai and litellm)")
+    script = ROOT_FOLDER / "tests/e2e/third_party_clients.py"
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [interpreter, str(script), api.base_url, KEY, MODEL_NAME],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("ok"), done.stdout + done.stderr
