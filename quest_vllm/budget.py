@@ -5,13 +5,14 @@ Knows nothing of vLLM: :mod:`quest_vllm.budget_tap` feeds it, the metadata build
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from quest_vllm.config import MAX_TOKEN_BUDGET, QuestConfig, load_config
-from quest_vllm.errors import QuestValueError
+from quest_vllm.errors import QuestConfigError, QuestValueError
 
 XARG = "quest_token_budget"
 """Key of a request's budget in ``vllm_xargs`` (HTTP) and ``SamplingParams.extra_args`` (Python)."""
@@ -27,20 +28,35 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def parse_token_budget(value: object, *, minimum: int, maximum: int, default: int) -> int:
+def parse_token_budget(
+    value: object, *, minimum: int, maximum: int, default: int, field: str = XARG, dense: bool = True
+) -> int:
     """The budget that a request asked for, in tokens; 0 is dense.
 
-    ``value`` is :data:`ABSENT` (gives ``default``), 0, or an int in [``minimum``, ``maximum``]. Anything else, bools,
-    numeric strings and whole floats included, raises :class:`QuestValueError` naming field, range and value.
+    ``value`` is :data:`ABSENT` (gives ``default``), 0 (where ``dense`` is allowed), or an int in [``minimum``,
+    ``maximum``]. Anything else, bools, numeric strings and whole floats included, raises :class:`QuestValueError`
+    naming ``field``, range and value.
     """
     if value is ABSENT:
         return default
-    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or minimum <= value <= maximum):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (minimum <= value <= maximum or (value == 0 and dense))
+    ):
         return value
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
     legal = f"an integer from {minimum} to {maximum} (tokens)" if minimum <= maximum else f"only 0 at {maximum} tokens"
-    raise QuestValueError(f"{XARG}: expected 0 (dense) or {legal}, got {shown}")
+    raise QuestValueError(f"{field}: expected {'0 (dense) or ' if dense else ''}{legal}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """``value`` for an error message: its repr, cut to 80 characters, whatever its size or depth."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 
 def clamp_token_budget(value: object, *, minimum: int, default: int) -> int:
@@ -61,22 +77,61 @@ class BudgetLimits:
     config: QuestConfig
     max_model_len: int
 
-    def parse(self, value: object) -> int:
-        """:func:`parse_token_budget` with these limits."""
-        return parse_token_budget(
-            value,
-            minimum=self.config.min_token_budget,
-            maximum=self.max_model_len,
-            default=self.config.token_budget,
-        )
+    def parse(self, value: object, field: str = XARG) -> int:
+        """:func:`parse_token_budget` with these limits, then the operator's own (min_budget, max_budget, override)."""
+        config = self.config
+        if value is ABSENT:
+            return config.token_budget
+        if type(value) is int and value in self.presets:
+            return value
+        if not config.allow_override:
+            presets = " or ".join(map(str, self.presets))
+            raise QuestValueError(
+                f"{field}: this server lets no request override its budget (allow_override is false): "
+                f"expected nothing or {presets}, got {shown(value)}"
+            )
+        try:
+            return parse_token_budget(
+                value,
+                minimum=self.smallest,
+                maximum=self.largest,
+                default=config.token_budget,
+                field=field,
+                dense=config.broken_limit(0) is None,
+            )
+        except QuestValueError as error:
+            limit = config.broken_limit(value) if type(value) is int else None
+            raise (QuestValueError(f"{error}; {limit}") if limit else error) from None
+
+    @property
+    def presets(self) -> tuple[int, ...]:
+        """Budgets that every request may name: the default and the aliases'."""
+        return tuple(dict.fromkeys((self.config.token_budget, *dict(self.config.aliases).values())))
+
+    @property
+    def smallest(self) -> int:
+        """The smallest budget but 0 that a request may name, in tokens."""
+        return max(self.config.min_token_budget, self.config.min_budget)
+
+    @property
+    def largest(self) -> int:
+        """The largest budget that a request may name, in tokens."""
+        limit = self.config.max_budget
+        return self.max_model_len if limit is None else min(limit, self.max_model_len)
 
 
 _limits: BudgetLimits | None = None
 
 
 def set_budget_limits(config: QuestConfig, max_model_len: int) -> None:
-    """Say what this process validates against. Called where a VllmConfig is first at hand (stat logger, worker)."""
+    """Say what this process validates against. Called where a VllmConfig is first at hand (stat logger, worker).
+
+    Raises :class:`~quest_vllm.errors.QuestConfigError` for an alias beyond ``max_model_len``.
+    """
     global _limits
+    for name, budget in config.aliases:
+        if budget > max_model_len:
+            raise QuestConfigError(f"aliases: {name}: expected at most max_model_len {max_model_len}, got {budget}")
     _limits = BudgetLimits(config, max_model_len)
 
 

@@ -13,16 +13,19 @@ from collections.abc import Sequence
 
 import quest_vllm
 from quest_vllm import check
+from quest_vllm.server.flags import parser, split_flags
 
 BACKEND_FLAG = "--attention-backend"
-MIDDLEWARE = ["--middleware", "quest_vllm.metrics_http.QuestMiddleware"]
+MIDDLEWARE = ["--middleware", "quest_vllm.server.middleware.QuestMiddleware"]
 EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
   quest-vllm check                              versions, kernels and configuration of this machine
 
-A request sets its own budget with "vllm_xargs": {"quest_token_budget": 512}; 0 is dense.
+  quest-vllm serve MODEL --quest-alias fast=512 --quest-max-budget 4096     see `serve MODEL --help` for all of ours
+
+A request sets its own budget with "sparse_attention": {"token_budget": 512}; 0 is dense.
 """
 
 
@@ -72,9 +75,12 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
 
 def serve(arguments: Sequence[str]) -> int:
     """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(arguments)]
+    theirs, environment = split_flags(arguments)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(theirs)]
+    if any(word in ("-h", "--help") for word in theirs):
+        print(parser().format_help())
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, {**os.environ, **environment})
     return 0
 
 

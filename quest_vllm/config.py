@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
 ENV_CONFIG = "QUEST_CONFIG"
 ADDITIONAL_CONFIG_KEY = "quest"
+_ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
+    The last five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may
+    name one at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes.
     """
 
     token_budget: int = 2048
@@ -41,6 +45,11 @@ class QuestConfig:
     bound_radius: float = 1.0
     implementation: str = "auto"
     metrics_dir: str | None = None
+    min_budget: int = 0
+    max_budget: int | None = None
+    allow_override: bool = True
+    aliases: tuple[tuple[str, int], ...] = ()
+    max_body_bytes: int = 32 * 2**20
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -52,6 +61,26 @@ class QuestConfig:
                 f"0 (dense) or at least {self.min_token_budget} = (sink_pages + recent_pages) * page_size",
                 self.token_budget,
             )
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """The default and every alias must be budgets that a request may name."""
+        smallest = max(self.min_budget, self.min_token_budget)
+        if self.max_budget is not None and self.max_budget < smallest:
+            raise _bad_value("max_budget", f"null or at least {smallest}", self.max_budget)
+        for key, budget in (("token_budget", self.token_budget), *((f"aliases: {n}", b) for n, b in self.aliases)):
+            if 0 < budget < self.min_token_budget:
+                raise _bad_value(key, f"0 (dense) or at least {self.min_token_budget}", budget)
+            if limit := self.broken_limit(budget):
+                raise QuestConfigError(f"{key}: got {budget}, but {limit}")
+
+    def broken_limit(self, budget: int) -> str | None:
+        """The operator's limit that a budget in tokens (0: dense) breaks, in words; None if it keeps to both."""
+        if self.max_budget is not None and budget == 0:
+            return f"max_budget is {self.max_budget}, and dense attention (0) reads more than any budget"
+        if self.max_budget is not None and budget > self.max_budget:
+            return f"max_budget is {self.max_budget}"
+        return f"min_budget is {self.min_budget}" if 0 < budget < self.min_budget else None
 
     @property
     def min_token_budget(self) -> int:
@@ -144,7 +173,30 @@ def _from_text(name: str, text: str, key: str) -> object:
         return [_int_from_text(name, part) for part in text.strip("[]() ").split(",") if part.strip()]
     if key in _INT_KEYS:
         return _int_from_text(name, text)
-    return _float_from_text(name, text) if key in _FLOAT_KEYS else text
+    if key in _FLOAT_KEYS:
+        return _float_from_text(name, text)
+    if _CHECKS[key] is _flag:
+        return _flag_from_text(name, text)
+    if _CHECKS[key] is _aliases:
+        return _aliases_from_text(name, text)
+    return text
+
+
+def _flag_from_text(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise _bad_value(name, "true or false", text)
+    return text.lower() in ("true", "1")
+
+
+def _aliases_from_text(name: str, text: str) -> dict[str, int]:
+    """``fast=512,exact=0``."""
+    aliases: dict[str, int] = {}
+    for part in text.split(","):
+        alias, equals, budget = part.strip().partition("=")
+        if not equals or alias in aliases:
+            raise _bad_value(name, "NAME=TOKENS, comma-separated, each name once", text)
+        aliases[alias] = _int_from_text(name, budget)
+    return aliases
 
 
 def _int_from_text(name: str, text: str) -> int:
@@ -224,6 +276,28 @@ def _directory(key: str, value: Any) -> str | None:
     return value
 
 
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _bad_value(key, "true or false", value)
+    return value
+
+
+def _int_or_none(low: int, high: int) -> Callable[[str, Any], int | None]:
+    check = _int_between(low, high)
+    return lambda key, value: None if value is None else check(key, value)
+
+
+def _aliases(key: str, value: Any) -> tuple[tuple[str, int], ...]:
+    pairs = dict(value) if isinstance(value, tuple) else value
+    if not isinstance(pairs, Mapping):
+        raise _bad_value(key, 'a mapping of names to budgets, like {"fast": 512}', value)
+    for name, budget in pairs.items():
+        if not isinstance(name, str) or not _ALIAS_NAME.fullmatch(name):
+            raise _bad_value(key, "names of up to 64 letters, digits, dots, hyphens and underscores", name)
+        _int_between(0, MAX_TOKEN_BUDGET)(f"{key}: {name}", budget)
+    return tuple(pairs.items())
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "token_budget": _int_between(0, MAX_TOKEN_BUDGET),
     "page_size": _page_size,
@@ -234,6 +308,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "bound_radius": _number_between(0, 1),
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
+    "min_budget": _int_between(0, MAX_TOKEN_BUDGET),
+    "max_budget": _int_or_none(1, MAX_TOKEN_BUDGET),
+    "allow_override": _flag,
+    "aliases": _aliases,
+    "max_body_bytes": _int_between(1024, 2**40),
 }
-_INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages")
 _FLOAT_KEYS = ("bound_radius",)
+_INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages", "min_budget", "max_budget", "max_body_bytes")

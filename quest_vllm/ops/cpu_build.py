@@ -83,7 +83,17 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str], unit: Unit, folder: Path, progress: Progress) -> str:
     begin = time.monotonic()
     target = folder / f"{Path(unit.source).stem}.o"
-    build_tools.run_compiler([*compiler, *_COMMON_FLAGS, *unit.flags, "-c", str(build_tools.source_dir("cpu") / unit.source), "-o", str(target)])
+    build_tools.run_compiler(
+        [
+            *compiler,
+            *_COMMON_FLAGS,
+            *unit.flags,
+            "-c",
+            str(build_tools.source_dir("cpu") / unit.source),
+            "-o",
+            str(target),
+        ]
+    )
     progress(f"compiled {unit.source} in {time.monotonic() - begin:.0f} s")
     return str(target)
 

@@ -173,7 +173,9 @@ def _set_summaries(params: DecodeParams | WriteParams, summaries: torch.Tensor, 
     params.summary_page_stride, params.summary_bound_stride = page, bound
 
 
-def _set_caches(params: DecodeParams | WriteParams, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+def _set_caches(
+    params: DecodeParams | WriteParams, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+) -> None:
     _check_rows(keys, "key_cache", dtype)
     _check_rows(values, "value_cache", dtype)
     params.keys, params.values = keys.data_ptr(), values.data_ptr()
@@ -210,7 +212,14 @@ def quest_decode(
     ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
     """
     params, shape = _common(
-        query, key_cache, block_table, seq_lens, page_budgets, group_reduction == "per_query_head", page_size, cluster_size
+        query,
+        key_cache,
+        block_table,
+        seq_lens,
+        page_budgets,
+        group_reduction == "per_query_head",
+        page_size,
+        cluster_size,
     )
     out = torch.empty_like(query) if out is None else out
     if out.numel() == 0:

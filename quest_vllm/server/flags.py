@@ -1,0 +1,79 @@
+"""The ``--quest-*`` flags of ``quest-vllm serve``. Each is a key of the configuration, handed on in the environment."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+from collections.abc import Sequence
+
+from quest_vllm.config import ENV_PREFIX
+
+PREFIXES = ("--quest-", "--no-quest-")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, and what each means."""
+    flags = argparse.ArgumentParser(prog="quest-vllm serve MODEL", usage=argparse.SUPPRESS, add_help=False)
+    group = flags.add_argument_group("flags of quest-vllm serve; any flag of vllm serve may follow")
+    for flag, key, what in (
+        ("--quest-token-budget", "token_budget", "budget of requests that name none; 0: dense (2048)"),
+        ("--quest-min-budget", "min_budget", "smallest budget that a request may name"),
+        ("--quest-max-budget", "max_budget", "largest budget that a request may name; rules out dense (0) too"),
+        ("--quest-max-body-bytes", "max_body_bytes", "largest body of a generation request (33554432)"),
+    ):
+        group.add_argument(flag, dest=key, type=int, metavar="N", help=what)
+    group.add_argument(
+        "--quest-allow-override",
+        dest="allow_override",
+        action=argparse.BooleanOptionalAction,
+        help="whether requests may name budgets other than the default and the aliases' (yes)",
+    )
+    group.add_argument(
+        "--quest-alias",
+        dest="aliases",
+        action="append",
+        metavar="NAME=N",
+        help="also serve the model as MODEL:NAME with this budget; may be repeated",
+    )
+    return flags
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """vLLM's own arguments, and ours as environment variables (``QUEST_MIN_BUDGET``).
+
+    Raises SystemExit(2) for a flag of ours that is unknown or has a bad value; ranges are checked where the
+    configuration is read.
+    """
+    flags = parser()
+    known = [name for action in flags._actions for name in action.option_strings]
+    theirs, ours = _split(arguments, flags, known)
+    values = flags.parse_args(ours)
+    environment = {}
+    for key, value in vars(values).items():
+        if value is not None:
+            environment[ENV_PREFIX + key.upper()] = ",".join(value) if isinstance(value, list) else str(value)
+    return theirs, environment
+
+
+def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list[str]) -> tuple[list[str], list[str]]:
+    takes_none = ("--quest-allow-override", "--no-quest-allow-override")
+    theirs: list[str] = []
+    ours: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if not name.startswith(PREFIXES):
+            theirs.append(word)
+            continue
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            flags.error(f"unknown flag {name}; did you mean {near}? Known flags: {', '.join(known)}")
+        if equals:
+            ours.append(f"{name}={value}")
+        elif name in takes_none:
+            ours.append(name)
+        else:
+            ours += [name, *itertools.islice(words, 1)]
+    return theirs, ours

@@ -1,0 +1,88 @@
+"""``usage.sparse_attention``: what a request's decode steps did, from numbers that the API server has.
+
+No channel leads from the workers to one reply. None is needed while every decode step brings one token: the steps then
+follow from the lengths of prompt and answer, and the worker's own classification (:mod:`quest_vllm.metadata`) says what
+each of them reads. The first token of an answer comes out of prefill, which is dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from quest_vllm.config import QuestConfig
+from quest_vllm.metadata import classify_rows, measure_traffic
+
+LENGTHS = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))
+
+
+class SparseUsage(BaseModel):
+    """What a reply's decode steps did. Counts are those of one selecting head in one sparse layer."""
+
+    token_budget: int = Field(description="Budget in force, in tokens; 0: dense.")
+    mean_tokens_attended: float | None = Field(
+        description="Tokens that a decode step attended to, dense steps included; null without a decode step."
+    )
+    pages_selected: int = Field(description="Pages attended to, summed over the sparse decode steps.")
+    pages_available: int = Field(description="Pages that those steps could have attended to.")
+    decode_steps: int = Field(description="Tokens of the answer, less one per sequence: prefill makes the first.")
+
+
+def count_usage(sequences: Iterable[tuple[int, int]], token_budget: int, config: QuestConfig) -> SparseUsage:
+    """Usage of ``sequences``, each ``(prompt tokens, completion tokens)``, decoded with ``token_budget`` (0: dense)."""
+    # step k of a sequence, from 1, sees the prompt and the k tokens before its own
+    spans = [np.arange(1, max(1, completion), dtype=np.int32) + prompt for prompt, completion in sequences]
+    seq_lens = np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
+    steps = len(seq_lens)
+    rows = classify_rows(
+        np.ones(steps, np.int32), seq_lens, np.zeros(steps, np.bool_), np.full(steps, token_budget, np.int32), config
+    )
+    traffic = measure_traffic(rows, seq_lens, config.page_size)
+    attended = traffic.vectors_read - traffic.pages_available  # a summary is one vector a page
+    return SparseUsage(
+        token_budget=token_budget,
+        mean_tokens_attended=round(attended / steps, 2) if steps else None,
+        pages_selected=traffic.pages_selected,
+        pages_available=traffic.pages_available,
+        decode_steps=steps,
+    )
+
+
+@dataclass
+class Sequences:
+    """Lengths of a reply's sequences, gathered from its choices where their token ids are shown.
+
+    ``usage`` sums over the choices of ``n > 1`` and over several prompts; only ``return_token_ids`` tells them apart.
+    """
+
+    prompts: dict[int, int] = field(default_factory=dict)
+    completions: dict[int, int] = field(default_factory=dict)
+
+    def add(self, reply: Mapping[str, Any]) -> None:
+        """Take in a whole reply or one chunk of a stream."""
+        for choice in reply.get("choices") or ():
+            index = choice.get("index", 0)
+            if choice.get("prompt_token_ids"):
+                self.prompts[index] = len(choice["prompt_token_ids"])
+            self.completions[index] = self.completions.get(index, 0) + len(choice.get("token_ids") or ())
+
+    def lengths(self, prompt_tokens: int, completion_tokens: int) -> list[tuple[int, int]] | None:
+        """``(prompt tokens, completion tokens)`` of each sequence; None where they do not add up to ``usage``."""
+        if sum(self.completions.values()) != completion_tokens:
+            return None
+        if self.prompts:
+            known = [(self.prompts.get(i, -1), length) for i, length in self.completions.items()]
+            return known if all(prompt >= 0 for prompt, _ in known) else None
+        return [(prompt_tokens, length) for length in self.completions.values()]
+
+
+def lengths_in(usage: Mapping[str, Any]) -> tuple[int, int] | None:
+    """``(prompt tokens, completion tokens)`` of a chat's, completion's or response's usage."""
+    for prompt, completion in LENGTHS:
+        if isinstance(usage.get(prompt), int) and isinstance(usage.get(completion), int):
+            return usage[prompt], usage[completion]
+    return None
