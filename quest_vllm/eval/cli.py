@@ -13,7 +13,8 @@ from typing import Any
 
 from quest_vllm.errors import QuestError
 from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, EvalUnavailable, Plan
-from quest_vllm.eval.run import Options, evaluate
+from quest_vllm.eval.run import evaluate
+from quest_vllm.eval.session import Options
 from quest_vllm.eval.tasks import TASKS
 from quest_vllm.eval.text import CONTINUATION, TEXT
 

@@ -8,11 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quest_vllm.budget import XARG
+from quest_vllm.errors import QuestValueError
 from quest_vllm.eval.library import Library, score
-from quest_vllm.eval.plan import EvalUnavailable, ResultStore, Unit
+from quest_vllm.eval.plan import DECODE, PREFILL, EvalUnavailable, ResultStore, Unit
+from quest_vllm.eval.progress import Progress
+from quest_vllm.eval.prompts import load_codec
+from quest_vllm.eval.session import Options, Session, open_session
+from quest_vllm.eval.text import TEXT, TextSource
 
 TRIES = 4
 FIRST_PAUSE_SECONDS = 0.5
+ASK_THE_SERVER = "the server's own"
 
 
 class Endpoint:
@@ -141,3 +147,56 @@ async def run_units(
         for worker in workers:
             worker.cancel()
     return failed
+
+
+def run_over_http(options: Options, source: TextSource | None) -> tuple[dict[str, Any], Session]:
+    """Measure what is left against a server; returns facts for the report, and the session.
+
+    Raises :class:`QuestValueError` for options that a server cannot serve, :class:`EvalUnavailable` where it does not
+    answer or ignores budgets.
+    """
+    return asyncio.run(_run(options, source))
+
+
+async def _run(options: Options, source: TextSource | None) -> tuple[dict[str, Any], Session]:
+    plan = options.plan
+    if TEXT in plan.tasks:
+        raise QuestValueError(f"--tasks: {TEXT} forces tokens in decode and needs a model in process, got a URL")
+    if DECODE in plan.modes:
+        raise QuestValueError(
+            f"--question: expected {PREFILL} for a URL (decode needs a model in process), got {DECODE}"
+        )
+    async with Endpoint(options.target, options.api_key, options.timeout, options.model_name) as endpoint:
+        await endpoint.describe()
+        # the model's folder as the server names it, where that is on this machine; else the model's name
+        codec = load_codec(options.tokenizer or endpoint.root or endpoint.model, options.chat_template)
+        library = Library(codec, plan, source, options.text_tokens)
+        library.check()
+        _check_lengths(library, endpoint.max_model_len)
+        if any(plan.budgets) and not await endpoint.honours_budgets(codec.encode("a")):
+            raise EvalUnavailable(
+                f"{endpoint.url}: expected HTTP 400 for the token budget -1, got another answer: this server ignores "
+                "budgets, so every column would be the same. Serve the model with `quest-vllm serve`, or ask for "
+                "--budgets dense"
+            )
+        session = open_session(options, endpoint.model, source, ASK_THE_SERVER)
+        left = session.left
+        with Progress(len(session.planned), len(session.planned) - len(left)) as progress:
+            await run_units(endpoint, left, library, session.store, options.concurrency, progress.advance)
+    return {"runner": "http", "url": endpoint.url, "max_model_len": endpoint.max_model_len}, session
+
+
+def _check_lengths(library: Library, longest: int | None) -> None:
+    plan = library.plan
+    if longest is None:
+        return
+    room = longest - library.longest_answer()
+    if max(plan.contexts) > room:
+        raise QuestValueError(
+            f"--context: expected at most {room} (the server's max_model_len of {longest} less the answer), "
+            f"got {max(plan.contexts)}"
+        )
+    if max(plan.budgets) > longest:
+        raise QuestValueError(
+            f"--budgets: expected at most the server's max_model_len of {longest}, got {max(plan.budgets)}"
+        )

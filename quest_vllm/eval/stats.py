@@ -44,7 +44,7 @@ def bootstrap_mean(groups: Sequence[Sequence[float]], seed: int = 0, span: float
     count = sum(len(array) for array in arrays)
     if span is not None and all(np.ptp(array) == 0 for array in arrays):
         unseen = min(1.0, 3 / count) * span
-        low, high = mean - unseen, mean + unseen
+        low, high = max(-span, mean - unseen), min(span, mean + unseen)
     return Estimate(mean, float(low), float(high), count)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quest_vllm.cli import main
-from quest_vllm.eval import http_runner, run
+from quest_vllm.eval import http_runner
 from quest_vllm.eval.prompts import Codec
 from tests.eval.endpoint import Answer, FakeEndpoint, fake_endpoint
 from tests.eval.solvers import solve
@@ -21,14 +21,14 @@ from tests.eval.solvers import solve
 QUICK = ["--context", "1024", "--items", "2", "--budgets", "dense,256"]
 
 
-load_once = functools.cache(run.load_codec)
+load_once = functools.cache(http_runner.load_codec)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between tries, one tokenizer for all tests."""
     monkeypatch.setattr(http_runner, "FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(run, "load_codec", load_once)
+    monkeypatch.setattr(http_runner, "load_codec", load_once)
 
 
 def always_right(codec: Codec) -> Answer:
