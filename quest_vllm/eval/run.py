@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from quest_vllm.errors import QuestValueError
@@ -89,6 +91,21 @@ def _settings(options: Options, session: Session, facts: dict[str, Any]) -> dict
     }
 
 
+def _commit() -> str | None:
+    """The commit of this package's checkout; None where it is installed without one."""
+    package = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        listed = subprocess.run(
+            ["git", "-C", str(package), "ls-files", "--error-unmatch", "run.py"], capture_output=True, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 and listed.returncode == 0 else None
+
+
 def _environment() -> dict[str, Any]:
     """Versions and machine."""
     versions = {}
@@ -98,6 +115,7 @@ def _environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
+        "commit": _commit(),
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),

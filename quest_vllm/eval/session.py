@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quest_vllm.eval.plan import Plan, ResultStore, Unit
+from quest_vllm.eval.tasks import GENERATOR_VERSION
 from quest_vllm.eval.text import CONTINUATION, TEXT, TextSource
 
 RAW = "items.jsonl"
@@ -64,6 +65,7 @@ def open_session(options: Options, model: str, source: TextSource | None, policy
     identity = {
         "model": model,
         "seed": options.plan.seed,
+        "generator": GENERATOR_VERSION,
         "chat_template": options.chat_template,
         "text": f"{source.name} {source.sha256}" if source else None,
         "text_tokens": options.text_tokens,

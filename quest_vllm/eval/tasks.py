@@ -21,6 +21,9 @@ CHAIN_VARIABLES = 5
 COMMON_WORDS = 5
 FREQUENT_WORDS = 3
 LEDGER_ENTRIES = 8
+PEOPLE = 12
+GENERATOR_VERSION = 1
+"""Raise it with any change that makes other items of the same seed: results of two versions do not mix."""
 
 
 @dataclass(frozen=True)
@@ -172,30 +175,28 @@ def frequent_words(rng: random.Random, context: int) -> Draft:
     )
 
 
-def _person(rng: random.Random, name: str) -> tuple[str, str, str, str]:
-    """A line about ``name``, and its birthplace, trade and animal."""
-    birthplace, home = (words.made_up_word(rng).capitalize() for _ in range(2))
-    trade, animal = rng.choice(words.TRADES), f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
-    line = f"{name} was born in {birthplace}, worked as a {trade} in {home} and left behind the {animal}.\n"
-    return line, birthplace, trade, animal
-
-
 def question_answering(rng: random.Random, context: int) -> Draft:
-    """A register of people; one of them is asked about."""
-    names = (f"{first.capitalize()} {rng.choice(words.NOUNS).capitalize()}" for first in words.made_up_words(rng))
-    asked = next(names)
-    line, birthplace, trade, animal = _person(rng, asked)
+    """Twelve lives told in one sentence each among prose; one of them is asked about."""
+    names = [f"{first} {noun.capitalize()}" for first in words.FIRST_NAMES for noun in words.NOUNS]
+    cities = rng.sample(words.CITIES, 2 * PEOPLE)
+    people = list(zip(rng.sample(names, PEOPLE), cities[:PEOPLE], cities[PEOPLE:], strict=True))
+    trades = rng.sample(words.TRADES, PEOPLE)
+    facts = [
+        f"{name} was born in {birthplace} and worked as a {trade} in {home}.\n"
+        for (name, birthplace, home), trade in zip(people, trades, strict=True)
+    ]
+    name, birthplace, _ = people[0]
     question, beginning, answer = rng.choice(
         (
-            (f"Where was {asked} born?", f"{asked} was born in", birthplace),
-            (f"What did {asked} work as?", f"{asked} worked as a", trade),
-            (f"What did {asked} leave behind?", f"{asked} left behind the", animal),
+            (f"Where was {name} born?", f"{name} was born in", birthplace),
+            (f"What did {name} work as?", f"{name} worked as a", trades[0]),
         )
     )
+    rng.shuffle(facts)
     return Draft(
-        intro="Read the following register of people, then answer the question.\n\n",
-        facts=(line,),
-        filler=(_person(rng, name)[0] for name in names),
+        intro="Read the following text, then answer the question on it.\n\n",
+        facts=tuple(facts),
+        filler=words.prose(rng),
         question=f"\nQuestion: {question}\n",
         answer_prefix=f"Answer: {beginning}",
         references=(answer,),

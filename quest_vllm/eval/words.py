@@ -29,6 +29,15 @@ TRADES = (
     "fisherman gardener glassblower jeweller judge lawyer locksmith mason miller miner musician nurse painter "
     "pilot plumber potter printer sailor sculptor tailor tanner teacher translator weaver"
 ).split()
+FIRST_NAMES = (
+    "Ada Alan Bruno Carla Clara David Diana Edgar Elena Emil Fanny Felix Greta Hanna Hugo Ida Ivan Jonas Julia Karl "
+    "Laura Leon Lucia Maria Martin Nina Oscar Paula Peter Rosa Samuel Simon Sofia Thomas Vera Victor"
+).split()
+CITIES = (
+    "Ankara Athens Bergen Berlin Bologna Bristol Cairo Calgary Dakar Delhi Dublin Geneva Hamburg Hanoi Havana Helsinki "
+    "Istanbul Jakarta Krakow Lagos Lima Lisbon Lyon Madrid Malaga Manila Munich Nairobi Naples Osaka Oslo Porto Prague "
+    "Quito Riga Rome Santiago Seoul Sydney Tunis Turin Vienna Warsaw Zurich"
+).split()
 LABELS = "black blue brown copper gold green orange pink purple red silver white".split()
 _ONSETS = "b br d dr f g gr h k kl l m n p pr r s sk st t tr v z".split()
 _VOWELS = "a e i o u".split()

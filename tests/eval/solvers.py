@@ -52,9 +52,8 @@ def frequent(text: str) -> str:
 def question(text: str) -> str:
     (question,) = re.findall(r"^Question: (.*)$", text, re.M)
     pattern = {
-        "Where was (.+) born": r"^%s was born in (\w+),",
-        "What did (.+) work as": r"^%s was born .*, worked as a (\w+) in",
-        "What did (.+) leave behind": r"^%s was born .* left behind the ([\w ]+)\.$",
+        "Where was (.+) born": r"^%s was born in (\w+) and",
+        "What did (.+) work as": r"^%s was born in \w+ and worked as a (\w+) in",
     }
     for asked, told in pattern.items():
         if name := re.match(asked, question):
@@ -98,7 +97,7 @@ SIGNS = {
     "Which variables": variables,
     "most common things": common,
     "most frequent words": frequent,
-    "register of people": question,
+    "answer the question on it": question,
     "Each word has a label": shots,
     "The ledger of": ledger,
 }
