@@ -1,4 +1,4 @@
-"""``quest-vllm``: serve a model with sparse decode, or check what this machine can do.
+"""``quest-vllm``: serve a model with sparse decode, measure what a budget costs, or check what this machine can do.
 
 Exit codes: 0 done; 1 a check failed; 2 bad usage; anything else is vLLM's own.
 """
@@ -21,6 +21,7 @@ EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
+  quest-vllm eval MODEL_OR_URL                  scores, KL and text against dense attention, by token budget
   quest-vllm check                              versions, kernels and configuration of this machine
 
   quest-vllm serve MODEL --quest-alias fast=512 --quest-max-budget 4096     see `serve MODEL --help` for all of ours
@@ -90,12 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # handed over before argparse sees it: vLLM owns every flag behind `serve`
     if arguments[:1] == ["serve"] and len(arguments) > 1:
         return serve(arguments[1:])
+    if arguments[:1] == ["eval"]:
+        from quest_vllm.eval.cli import main as evaluate
+
+        return evaluate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="quest-vllm", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=quest_vllm.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="vllm serve with sparse decode on", add_help=False)
+    commands.add_parser("eval", help="what a token budget costs in quality, on your model", add_help=False)
     check.add_arguments(commands.add_parser("check", help="what this machine can do, what is refused, what to expect"))
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":

