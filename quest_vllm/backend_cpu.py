@@ -16,6 +16,7 @@ import torch
 
 from quest_vllm import compat
 from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
@@ -76,6 +77,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
         sparse_layers = count_sparse_layers(layers, self.config)
+        self.audit = OnlineAudit(layers, self.config.audit_steps)
         self.group = LayerGroup(
             num_sparse_layers=sparse_layers,
             num_kv_heads=self.num_kv_heads,
@@ -100,6 +102,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config
         )
         record_step(self.group, rows, seq_lens, budgets)
+        self.audit.step(rows, seq_lens, common_attn_metadata.block_table_tensor)
         if rows.sparse.any():
             metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start)
             self._add_dense_rows(metadata, common_attn_metadata, rows)

@@ -19,6 +19,7 @@ EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
+  quest-vllm serve MODEL --quest-audit 1000     check page summaries while serving, every 1000 steps
   quest-vllm check                              versions, kernels and configuration of this machine
 
 A request sets its own budget with "vllm_xargs": {"quest_token_budget": 512}; 0 is dense.
@@ -69,9 +70,22 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
     return ["serve", *arguments, *MIDDLEWARE]
 
 
+def take_own_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Split ``quest-vllm serve`` arguments into those for vLLM and the environment that our own flags stand for.
+
+    Ours are shorthands for keys of the configuration. Raises SystemExit(2) for one without its value.
+    """
+    own = argparse.ArgumentParser(prog="quest-vllm serve", add_help=False, allow_abbrev=False)
+    own.add_argument("--quest-audit", metavar="STEPS", dest="QUEST_AUDIT_STEPS")
+    found, rest = own.parse_known_args(arguments)
+    return rest, {name: value for name, value in vars(found).items() if value is not None}
+
+
 def serve(arguments: Sequence[str]) -> int:
     """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(arguments)]
+    rest, environment = take_own_flags(arguments)
+    os.environ.update(environment)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(rest)]
     sys.stdout.flush()
     os.execv(sys.executable, command)
     return 0

@@ -30,6 +30,7 @@ class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
+    ``audit_steps`` 0 means no audit while serving.
     """
 
     token_budget: int = 2048
@@ -40,6 +41,7 @@ class QuestConfig:
     group_reduction: str = "max"
     implementation: str = "auto"
     metrics_dir: str | None = None
+    audit_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -216,5 +218,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "group_reduction": _one_of(GROUP_REDUCTIONS),
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
+    "audit_steps": _int_between(0, 2**31 - 1),
 }
-_INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages")
+_INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages", "audit_steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quest_vllm.cli import BACKEND_FLAG, MIDDLEWARE, main, serve_command
+from quest_vllm.cli import BACKEND_FLAG, MIDDLEWARE, main, serve_command, take_own_flags
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_serve_without_a_model_is_a_usage_error(capsys: pytest.CaptureFixture[st
         main(["serve"])
     assert ended.value.code == 2
     assert "expected a MODEL" in capsys.readouterr().err
+
+
+def test_our_own_flags_become_environment_and_the_rest_keeps_its_order() -> None:
+    flags = ["m", "--port", "1", "--quest-audit", "500", "-ac", '{"backend": "CUSTOM"}', "--lora-modules", "a=b"]
+    rest, environment = take_own_flags(flags)
+    assert rest == [flag for flag in flags if flag not in ("--quest-audit", "500")]
+    assert environment == {"QUEST_AUDIT_STEPS": "500"}
+    assert take_own_flags(["m", "--quest-audit=7"]) == (["m"], {"QUEST_AUDIT_STEPS": "7"})
+
+
+def test_own_flag_without_its_value_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        take_own_flags(["m", "--quest-audit"])
+    assert ended.value.code == 2
+    assert "--quest-audit" in capsys.readouterr().err
