@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import quest_vllm
 
 BACKEND_FLAG = "--attention-backend"
+PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 MIDDLEWARE = ["--middleware", "quest_vllm.metrics_http.QuestMiddleware"]
 EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
   quest-vllm serve MODEL --quest-audit 1000     check page summaries while serving, every 1000 steps
+  quest-vllm serve MODEL --quest-page           a page at /quest: one prompt, several budgets side by side
   quest-vllm check                              versions, kernels and configuration of this machine
 
 A request sets its own budget with "vllm_xargs": {"quest_token_budget": 512}; 0 is dense.
@@ -77,7 +79,10 @@ def take_own_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]
     """
     own = argparse.ArgumentParser(prog="quest-vllm serve", add_help=False, allow_abbrev=False)
     own.add_argument("--quest-audit", metavar="STEPS", dest="QUEST_AUDIT_STEPS")
+    own.add_argument("--quest-page", action="store_const", const="true", dest="QUEST_PAGE")
     found, rest = own.parse_known_args(arguments)
+    if found.QUEST_PAGE:
+        rest += PAGE_MIDDLEWARE
     return rest, {name: value for name, value in vars(found).items() if value is not None}
 
 

@@ -30,7 +30,7 @@ class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
-    ``audit_steps`` 0 means no audit while serving.
+    ``audit_steps`` 0 means no audit while serving; ``page`` lets requests of the page at /quest be traced.
     """
 
     token_budget: int = 2048
@@ -42,6 +42,7 @@ class QuestConfig:
     implementation: str = "auto"
     metrics_dir: str | None = None
     audit_steps: int = 0
+    page: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -145,6 +146,8 @@ def _from_text(name: str, text: str, key: str) -> object:
         return [_int_from_text(name, part) for part in text.strip("[]() ").split(",") if part.strip()]
     if key in _INT_KEYS:
         return _int_from_text(name, text)
+    if _CHECKS[key] is _boolean:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower(), text)
     return text
 
 
@@ -203,6 +206,12 @@ def _check_layers(key: str, value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+def _boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _bad_value(key, "true or false", value)
+    return value
+
+
 def _directory(key: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise _bad_value(key, "a directory's path, or null", value)
@@ -219,5 +228,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
     "audit_steps": _int_between(0, 2**31 - 1),
+    "page": _boolean,
 }
 _INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages", "audit_steps")

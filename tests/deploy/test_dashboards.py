@@ -24,7 +24,8 @@ import yaml
 
 from quest_vllm.metrics import METRICS
 from tests.conftest import ROOT
-from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags
+from tests.deploy.conftest import KEY
+from tests.e2e.conftest import MODEL_NAME, Server
 from tests.e2e.test_server import prompt_ids, xargs
 
 DOCKER = ROOT / "docker"
@@ -170,16 +171,9 @@ def wait_for(condition: Any, seconds: float) -> None:
     raise AssertionError("condition not met in time")
 
 
-@pytest.fixture(scope="module")
-def audited_server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path), "--quest-audit", "3"]
-    with run_server(command, tmp_path_factory.mktemp("server") / "log") as running:
-        yield running
-
-
 def stream(server: Server, number: int, budget: int, tokens: int) -> None:
     """One streamed completion; every other one repeats a prompt, for prefix hits."""
-    chunks = server.client().completions.create(
+    chunks = server.client(KEY).completions.create(
         model=MODEL_NAME,
         prompt=prompt_ids(tokens, number // 2),
         max_tokens=12,
@@ -191,9 +185,9 @@ def stream(server: Server, number: int, budget: int, tokens: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(audited_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def loaded(deployed: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that scraped the server before, during and after a short load of every budget class."""
-    target = audited_server.url.removeprefix("http://")
+    target = deployed.url.removeprefix("http://")
     with run_prometheus(target, tmp_path_factory.mktemp("prometheus")) as prometheus:
         wait_for(lambda: prometheus.query("count(quest_e2e_latency_seconds_count)"), 20)
         time.sleep(2 * SCRAPE_SECONDS)
@@ -202,7 +196,7 @@ def loaded(audited_server: Server, tmp_path_factory: pytest.TempPathFactory) -> 
         ]
         jobs += [(20, 2048, 2300), (22, 4096, 4400), (24, 8192, 300)]
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda job: stream(audited_server, *job), jobs))
+            list(pool.map(lambda job: stream(deployed, *job), jobs))
         time.sleep(3 * SCRAPE_SECONDS)
         yield prometheus
 
@@ -224,8 +218,8 @@ def test_every_panel_returns_data(loaded: Prometheus) -> None:
 
 @needs_prometheus
 @pytest.mark.server
-def test_numbers_are_right(loaded: Prometheus, audited_server: Server) -> None:
-    shown = audited_server.metrics()
+def test_numbers_are_right(loaded: Prometheus, deployed: Server) -> None:
+    shown = deployed.metrics()
     kv, summaries = (shown[f'quest_kv_cache_bytes{{part="{part}"}}'] for part in ("kv", "summaries"))
     assert kv / summaries == 16  # pages of 16 tokens
     assert 0.9 * 2**30 < kv + summaries <= 2**30  # VLLM_CPU_KVCACHE_SPACE=1

@@ -65,6 +65,12 @@ def test_our_own_flags_become_environment_and_the_rest_keeps_its_order() -> None
     assert take_own_flags(["m", "--quest-audit=7"]) == (["m"], {"QUEST_AUDIT_STEPS": "7"})
 
 
+def test_the_page_brings_its_middleware() -> None:
+    rest, environment = take_own_flags(["m", "--quest-page", "--port", "1"])
+    assert rest == ["m", "--port", "1", "--middleware", "quest_vllm.page.routes.QuestPage"]
+    assert environment == {"QUEST_PAGE": "true"}
+
+
 def test_own_flag_without_its_value_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         take_own_flags(["m", "--quest-audit"])
