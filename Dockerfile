@@ -1,19 +1,33 @@
-# CPU image: the same set-up as `make serve`, in two stages; the second has no compiler.
-FROM python:3.11-slim-bookworm AS build
+# CPU image: the set-up of `make serve`, in two stages; the second has neither compiler nor test tools.
+#   docker build -t quest-vllm-cpu . && docker run --init --shm-size=1g -p 8000:8000 quest-vllm-cpu
+# Another model, any flag of `vllm serve`: docker run ... quest-vllm-cpu MODEL --host 0.0.0.0 [flags]
+# For a build that can be repeated to the byte, give the base by digest: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential git make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/quest_vllm
 COPY . .
-ENV QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels
-RUN make env kernels model
+ENV QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels PIP_NO_CACHE_DIR=1
+# the kernels are built for every instruction set and chosen when the server starts, so any x86-64 machine can build
+RUN make env kernels model \
+    && .venv/bin/python -m pip uninstall --yes --requirement docker/not-in-image.txt
 
-FROM python:3.11-slim-bookworm
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libnuma1 make \
-    && rm -rf /var/lib/apt/lists/* && useradd --create-home quest
+FROM ${PYTHON_IMAGE}
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libnuma1 \
+    && rm -rf /var/lib/apt/lists/* && useradd --create-home --uid 10001 quest
 COPY --from=build --chown=quest:quest /opt/quest_vllm /opt/quest_vllm
-USER quest
+USER 10001
 WORKDIR /opt/quest_vllm
-ENV QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels HOST=0.0.0.0 PORT=8000
+# vLLM-CPU would take 92% of the machine's memory for the KV cache: 2 GiB unless told otherwise
+ENV PATH=/opt/quest_vllm/.venv/bin:$PATH QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels \
+    VLLM_CPU_KVCACHE_SPACE=2 VLLM_NO_USAGE_STATS=1
 EXPOSE 8000
-HEALTHCHECK --interval=10s --start-period=120s --timeout=3s \
-    CMD ["/opt/quest_vllm/.venv/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
-CMD ["make", "serve"]
+HEALTHCHECK --interval=10s --start-period=180s --timeout=3s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+# no shell and no make in between: signals reach the server
+ENTRYPOINT ["quest-vllm", "serve"]
+CMD [".cache/models/SmolLM2-135M-Instruct", "--served-model-name", "SmolLM2-135M-Instruct", \
+     "--host", "0.0.0.0", "--port", "8000", "--enforce-eager", "--max-model-len", "8192"]

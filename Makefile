@@ -1,4 +1,4 @@
-# make serve | test | lint | bench-cpu | test-gpu | bench-gpu | clean
+# make serve | test | lint | docs | docs-generate | bench-cpu | test-gpu | bench-gpu | clean
 PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
@@ -11,7 +11,7 @@ SERVE_FLAGS := --host $(HOST) --port $(PORT) --served-model-name $(MODEL_NAME) -
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: run serve test lint types env model kernels test-gpu bench-cpu bench-gpu clean
+.PHONY: run serve test lint docs docs-generate types env model kernels test-gpu bench-cpu bench-gpu clean
 
 env: $(VENV)/.ready
 
@@ -58,6 +58,14 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy quest_vllm
+
+# the site, into build/site; fails on a broken link or a generated page that is not current
+docs: env
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs-generate: env
+	$(BIN)/python docs/generate.py
 
 bench-cpu: env kernels model
 	$(BIN)/python benchmarks/bench_cpu_ops.py --output benchmarks/results/cpu/ops.json

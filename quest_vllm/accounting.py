@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,28 @@ def record_step(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, token_b
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
     traffic = measure_traffic(rows, seq_lens, group.page_size)
+    if group.counts_rows and traffic.tokens_available:
+        metrics.tokens(traffic.tokens_attended, traffic.tokens_available)
     select_scale = group.num_sparse_layers * group.num_select_heads
     byte_scale = group.num_sparse_layers * group.num_kv_heads * group.vector_bytes
     if traffic.pages_available:
         metrics.pages(traffic.pages_selected * select_scale, traffic.pages_available * select_scale)
     if traffic.vectors_dense:
         metrics.kv_bytes(traffic.vectors_read * byte_scale, traffic.vectors_dense * byte_scale)
+
+
+_group_memory: dict[str, tuple[int, int]] = {}
+
+
+def record_memory(vllm_config: Any, spec: Any, layer_names: list[str]) -> None:
+    """Report the KV cache memory of one group of layers: ``spec`` bytes a token, in every block of the cache.
+
+    vLLM's groups of layers share their blocks' memory, so the largest group's is the worker's.
+    """
+    cache = vllm_config.cache_config
+    if not cache.num_gpu_blocks or not layer_names:
+        return
+    vectors = cache.num_gpu_blocks * cache.block_size * spec.num_kv_heads * len(layer_names)
+    kv = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+    _group_memory[layer_names[0]] = (vectors * kv, vectors * (spec.state_content_size_bytes - kv))
+    get_worker_metrics().kv_memory(*max(_group_memory.values()))

@@ -42,7 +42,7 @@ def audit_summaries(worker: Any) -> AuditReport:
         if has_window(layer.impl):
             continue
         views = split_chunks(layer.kv_cache, layer.impl.head_size, config.page_size)
-        keys = _rows(views.keys, layer)
+        keys = key_rows(views.keys, layer)
         lowest, highest = _running_extremes(keys, config.page_size)
         report.layers += 1
         if owners[layer.kv_cache.data_ptr()] == 1:
@@ -52,7 +52,8 @@ def audit_summaries(worker: Any) -> AuditReport:
     return report
 
 
-def _rows(keys: torch.Tensor, layer: Any) -> torch.Tensor:
+def key_rows(keys: torch.Tensor, layer: Any) -> torch.Tensor:
+    """``keys [blocks, heads, block_size, head_dim]`` of ``layer`` as rows, whatever packing its cache has."""
     kv_format = getattr(layer, "isa", "rows")
     if kv_format == "rows":
         return keys

@@ -16,6 +16,7 @@ import torch
 
 from quest_vllm import compat
 from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
@@ -23,6 +24,7 @@ from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer,
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import PageViews, split_chunks
 
 _cpu = compat.cpu_attention()
@@ -53,6 +55,7 @@ class SparseRows:
     page_budgets: torch.Tensor  # [num_sparse] int32
     block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
     max_page_budget: int
+    traced: TracedRows | None = None
 
 
 @dataclass
@@ -76,6 +79,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
         sparse_layers = count_sparse_layers(layers, self.config)
+        self.audit = OnlineAudit(layers, self.config.audit_steps)
         self.group = LayerGroup(
             num_sparse_layers=sparse_layers,
             num_kv_heads=self.num_kv_heads,
@@ -100,6 +104,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config
         )
         record_step(self.group, rows, seq_lens, budgets)
+        self.audit.step(rows, seq_lens, common_attn_metadata.block_table_tensor)
         if rows.sparse.any():
             metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start)
             self._add_dense_rows(metadata, common_attn_metadata, rows)
@@ -110,12 +115,14 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         index = torch.from_numpy(chosen)
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
         page_budgets = rows.page_budgets[chosen]
+        traces = get_trace_table().rows(common.num_reqs, common.req_idx)[chosen] if self.config.page else None
         return SparseRows(
             tokens=torch.from_numpy(query_start[chosen].astype(np.int64)),
             seq_lens=common.seq_lens[index],
             page_budgets=torch.from_numpy(page_budgets),
             block_table=common.block_table_tensor[index, :blocks].contiguous(),
             max_page_budget=int(page_budgets.max()),
+            traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
         )
 
     def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, rows: RowClasses) -> None:
@@ -254,6 +261,10 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         metrics.stage_seconds("score", scored - start)
         metrics.stage_seconds("select", chosen - scored)
         metrics.stage_seconds("attend", time.perf_counter() - chosen)
+        if rows.traced is not None:
+            index = compat.layer_index(layer.layer_name)
+            lengths = rows.seq_lens.numpy()
+            get_trace_writer().record(index, rows.traced, lengths, selected.numpy(), config.page_size)
         return attended
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:

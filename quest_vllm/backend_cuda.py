@@ -17,6 +17,7 @@ import torch
 
 from quest_vllm import compat
 from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
@@ -92,6 +93,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
         self.num_sparse_layers = count_sparse_layers(layers, self.config)
+        self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.page_budgets = torch.full((max_num_reqs,), ALL_PAGES, dtype=torch.int32, device=device)
         per_query_head = self.config.group_reduction == "per_query_head"
@@ -139,6 +141,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         budgets = get_budget_table().rows(num_reqs, common.req_idx[:num_reqs])
         rows = classify_rows(query_lens, seq_lens, prefilling, budgets, self.config)
         record_step(self.group, rows, seq_lens, budgets)
+        self.audit.step(rows, seq_lens, common.block_table_tensor)
         return rows
 
     def _whole_step(self, common: Any, rows: RowClasses | None) -> SparseRows:

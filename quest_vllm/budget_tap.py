@@ -23,6 +23,7 @@ from quest_vllm.budget import (
 )
 from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
 from quest_vllm.config import load_config
+from quest_vllm.page.trace import get_trace_table, trace_number
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
         self._config = load_config(additional if isinstance(additional, dict) else None)
         set_budget_limits(self._config, vllm_config.model_config.max_model_len)
         self._table = get_budget_table()
+        self._traces = get_trace_table()
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -63,22 +65,25 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
             return
         for row in batch_update.removed:
             self._table.clear(row)
+            self._traces.clear(row)
         for row, params, *_ in batch_update.added:
-            self._table.set(row, self._budget(params))
+            self._set(row, params)
         for first, second, direction in batch_update.moved:
-            if direction == MoveDirectionality.SWAP:
-                self._table.swap(first, second)
-            else:
-                self._table.move(first, second)
+            for table in (self._table, self._traces):
+                (table.swap if direction == MoveDirectionality.SWAP else table.move)(first, second)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: a request takes slot ``req_idx``. False: its logits stay as they are."""
-        self._table.set(req_idx, self._budget(sampling_params))
+        self._set(req_idx, sampling_params)
         return False
 
     def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         """``logits``, untouched."""
         return logits
+
+    def _set(self, slot: int, sampling_params: Any) -> None:
+        self._table.set(slot, self._budget(sampling_params))
+        self._traces.set(slot, trace_number(getattr(sampling_params, "extra_args", None)))
 
     def _budget(self, sampling_params: Any) -> int:
         requested = requested_budget(sampling_params)

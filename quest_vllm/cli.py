@@ -17,11 +17,14 @@ from quest_vllm.server.flags import parser, split_flags
 
 BACKEND_FLAG = "--attention-backend"
 MIDDLEWARE = ["--middleware", "quest_vllm.server.middleware.QuestMiddleware"]
+PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
   quest-vllm eval MODEL_OR_URL                  scores, KL and text against dense attention, by token budget
+  quest-vllm serve MODEL --quest-audit 1000     check page summaries while serving, every 1000 steps
+  quest-vllm serve MODEL --quest-page           a page at /quest: one prompt, several budgets side by side
   quest-vllm check                              versions, kernels and configuration of this machine
 
   quest-vllm serve MODEL --quest-alias fast=512 --quest-max-budget 4096     see `serve MODEL --help` for all of ours
@@ -77,6 +80,8 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
 def serve(arguments: Sequence[str]) -> int:
     """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
     theirs, environment = split_flags(arguments)
+    if "QUEST_PAGE" in environment:
+        theirs += PAGE_MIDDLEWARE
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(theirs)]
     if any(word in ("-h", "--help") for word in theirs):
         print(parser().format_help())

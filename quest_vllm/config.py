@@ -32,8 +32,9 @@ class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
-    The last five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may
-    name one at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes.
+    Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
+    at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means no
+    audit while serving; ``page`` lets requests of the page at /quest be traced.
     """
 
     token_budget: int = 2048
@@ -50,6 +51,8 @@ class QuestConfig:
     allow_override: bool = True
     aliases: tuple[tuple[str, int], ...] = ()
     max_body_bytes: int = 32 * 2**20
+    audit_steps: int = 0
+    page: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -313,6 +316,17 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "allow_override": _flag,
     "aliases": _aliases,
     "max_body_bytes": _int_between(1024, 2**40),
+    "audit_steps": _int_between(0, 2**31 - 1),
+    "page": _flag,
 }
 _FLOAT_KEYS = ("bound_radius",)
-_INT_KEYS = ("token_budget", "page_size", "sink_pages", "recent_pages", "min_budget", "max_budget", "max_body_bytes")
+_INT_KEYS = (
+    "token_budget",
+    "page_size",
+    "sink_pages",
+    "recent_pages",
+    "min_budget",
+    "max_budget",
+    "max_body_bytes",
+    "audit_steps",
+)

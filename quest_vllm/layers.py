@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from quest_vllm import compat
+from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
@@ -23,6 +24,7 @@ def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: li
         refuse_engine_features(vllm_config)
         refuse_block_size(kv_cache_spec.block_size, config.page_size)
         _report(config, layer_names, kv_cache_spec)
+        record_memory(vllm_config, kv_cache_spec, layer_names)
     return config
 
 

@@ -75,12 +75,14 @@ def classify_rows(
 class StepTraffic:
     """Pages and KV bytes of the decode rows of one step, in one KV head of one layer.
 
-    ``pages_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a page summary is as
-    large as one such pair) over all decode rows.
+    ``pages_*`` and ``tokens_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a
+    page summary is as large as one such pair) over all decode rows.
     """
 
     pages_selected: int
     pages_available: int
+    tokens_attended: int
+    tokens_available: int
     vectors_read: int
     vectors_dense: int
 
@@ -93,9 +95,12 @@ def measure_traffic(rows: RowClasses, seq_lens: IntArray, page_size: int) -> Ste
     # the newest page is always selected, and it alone may be partial
     missing = available * page_size - lengths
     dense_rows = int(seq_lens[covered].sum(dtype=np.int64))
+    attended = int((selected * page_size - missing).sum())
     return StepTraffic(
         pages_selected=int(selected.sum()),
         pages_available=int(available.sum()),
-        vectors_read=int((selected * page_size - missing + available).sum()) + dense_rows,
+        tokens_attended=attended,
+        tokens_available=int(lengths.sum()),
+        vectors_read=attended + int(available.sum()) + dense_rows,
         vectors_dense=int(lengths.sum()) + dense_rows,
     )

@@ -26,6 +26,8 @@ ROW_KINDS = (
     ("dense", "speculative"),
 )
 STAGES = ("update", "score", "select", "attend")
+MEMORY_PARTS = ("kv", "summaries")
+AUDIT_RESULTS = ("right", "wrong")
 BUDGET_CLASS_BOUNDS = (512, 1024, 2048, 4096)
 BUDGET_CLASSES = ("dense", *(f"<={bound}" for bound in BUDGET_CLASS_BOUNDS), f">{BUDGET_CLASS_BOUNDS[-1]}")
 _BUDGET_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -36,17 +38,28 @@ _REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One metric: a counter, or a histogram if it has ``buckets`` (upper bounds, ascending, without +Inf)."""
+    """One metric: a counter, a histogram if it has ``buckets`` (upper bounds, ascending, without +Inf), or a gauge.
+
+    A gauge is the sum of what the processes say.
+    """
 
     name: str
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    gauge: bool = False
 
     @property
     def type(self) -> str:
-        """ "counter" or "histogram"."""
+        """ "counter", "histogram" or "gauge"."""
+        if self.gauge:
+            return "gauge"
         return "histogram" if self.buckets else "counter"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What ``/metrics`` puts behind the name."""
+        return ("_bucket", "_sum", "_count") if self.buckets else ("",)
 
 
 METRICS = {
@@ -59,6 +72,8 @@ METRICS = {
         ),
         MetricSpec("quest_pages_selected_total", "Pages that sparse rows attended to, over layers and heads."),
         MetricSpec("quest_pages_available_total", "Pages that sparse rows could have attended to."),
+        MetricSpec("quest_tokens_attended_total", "Tokens that sparse rows attended to, in one head of one layer."),
+        MetricSpec("quest_tokens_available_total", "Tokens of context that the same rows had."),
         MetricSpec(
             "quest_kv_bytes_read_total",
             "Bytes that decode rows, dense ones too, read in sparse layers: K, V, summaries.",
@@ -66,6 +81,17 @@ METRICS = {
         MetricSpec(
             "quest_kv_bytes_dense_total",
             "Bytes that the same rows would have read in the same layers with dense attention.",
+        ),
+        MetricSpec(
+            "quest_kv_cache_bytes",
+            "Memory set aside for the KV cache, over layers and workers: keys and values, and page summaries.",
+            ("part",),
+            gauge=True,
+        ),
+        MetricSpec(
+            "quest_audit_pages_total",
+            "Pages whose summaries were compared with their keys by the running audit (audit_steps), over KV heads.",
+            ("result",),
         ),
         MetricSpec("quest_token_budget", "Token budget of each decode row on the sparse path.", (), _BUDGET_BUCKETS),
         MetricSpec(
@@ -106,11 +132,15 @@ class Recorder:
     """Writes this process's share of the metrics in :data:`METRICS`; labels are given by value, in table order."""
 
     def __init__(self, directory: Path) -> None:
-        self._files = {kind: ValueFile(directory, kind) for kind in ("counter", "histogram")}
+        self._files = {kind: ValueFile(directory, kind) for kind in ("counter", "histogram", "gauge")}
 
     def add(self, name: str, amount: float, labels: tuple[str, ...] = ()) -> None:
         """Add ``amount`` to a counter."""
         self._files["counter"].add(_counter_key(name, labels), amount)
+
+    def set(self, name: str, value: float, labels: tuple[str, ...] = ()) -> None:
+        """Set this process's share of a gauge."""
+        self._files["gauge"].set(_gauge_key(name, labels), value)
 
     def observe(self, name: str, value: float, labels: tuple[str, ...] = (), count: int = 1) -> None:
         """Add ``count`` observations of ``value`` to a histogram."""
@@ -121,8 +151,8 @@ class Recorder:
 
     def show(self, name: str, labels: tuple[str, ...] = ()) -> None:
         """Make a metric appear before its first value, as zero."""
-        if METRICS[name].type == "counter":
-            self.add(name, 0.0, labels)
+        if METRICS[name].type != "histogram":
+            (self.set if METRICS[name].gauge else self.add)(name, 0.0, labels)
             return
         bucket_keys, sum_key = _histogram_keys(name, labels)
         for key in (*bucket_keys, sum_key):
@@ -138,9 +168,15 @@ class WorkerMetrics:
             self._recorder.show("quest_decode_rows_total", kind)
         for stage in STAGES:
             self._recorder.show("quest_stage_seconds_total", (stage,))
+        for part in MEMORY_PARTS:
+            self._recorder.show("quest_kv_cache_bytes", (part,))
+        for result in AUDIT_RESULTS:
+            self._recorder.show("quest_audit_pages_total", (result,))
         for name in (
             "quest_pages_selected_total",
             "quest_pages_available_total",
+            "quest_tokens_attended_total",
+            "quest_tokens_available_total",
             "quest_kv_bytes_read_total",
             "quest_kv_bytes_dense_total",
             "quest_token_budget",
@@ -155,6 +191,20 @@ class WorkerMetrics:
         """Sparse rows attended to ``selected`` of ``available`` pages."""
         self._recorder.add("quest_pages_selected_total", selected)
         self._recorder.add("quest_pages_available_total", available)
+
+    def tokens(self, attended: int, available: int) -> None:
+        """Sparse rows attended to ``attended`` of ``available`` tokens, in one head of one layer."""
+        self._recorder.add("quest_tokens_attended_total", attended)
+        self._recorder.add("quest_tokens_available_total", available)
+
+    def kv_memory(self, kv: int, summaries: int) -> None:
+        """This worker's KV cache holds ``kv`` bytes of keys and values and ``summaries`` bytes of page summaries."""
+        self._recorder.set("quest_kv_cache_bytes", kv, ("kv",))
+        self._recorder.set("quest_kv_cache_bytes", summaries, ("summaries",))
+
+    def audited(self, result: str, pages: int) -> None:
+        """An audit found ``pages`` pages (times KV heads) to be ``result``, one of :data:`AUDIT_RESULTS`."""
+        self._recorder.add("quest_audit_pages_total", pages, (result,))
 
     def kv_bytes(self, read: int, dense: int) -> None:
         """Decode rows read ``read`` bytes in sparse layers where dense attention would have read ``dense``."""
@@ -217,6 +267,12 @@ def _latency_metrics(_pid: int) -> LatencyMetrics:
 def _counter_key(name: str, labels: tuple[str, ...]) -> str:
     spec = METRICS[name]
     return value_key(name.removesuffix("_total"), name, _labels(spec, labels), spec.help)
+
+
+@functools.cache
+def _gauge_key(name: str, labels: tuple[str, ...]) -> str:
+    spec = METRICS[name]
+    return value_key(name, name, _labels(spec, labels), spec.help)
 
 
 @functools.cache

@@ -86,13 +86,16 @@ def remove_at_exit(path: Path) -> None:
 
 
 class ValueFile:
-    """Doubles of one process and one metric type ("counter" or "histogram"), in a file that others may read.
+    """Doubles of one process and one metric type (counter, histogram or gauge), in a file that others may read.
 
-    Adding is an in-memory sum and a 16-byte store. Raises OSError if ``directory`` cannot be written to.
+    Gauges are summed over processes. Adding is an in-memory sum and a 16-byte store. Raises OSError if ``directory``
+    cannot be written to.
     """
 
     def __init__(self, directory: Path, metric_type: str) -> None:
-        final = directory / f"{metric_type}_quest-{os.getpid()}-{secrets.token_hex(4)}.db"
+        # prometheus_client reads from the name how to merge gauges
+        prefix = "gauge_sum" if metric_type == "gauge" else metric_type
+        final = directory / f"{prefix}_quest-{os.getpid()}-{secrets.token_hex(4)}.db"
         unfinished = final.with_suffix(".tmp")
         self._file: Any = MmapedDict(str(unfinished))  # type: ignore[no-untyped-call]
         self._values: dict[str, float] = {}
@@ -103,6 +106,12 @@ class ValueFile:
         """Add ``amount`` to the value of ``key``, one of :func:`value_key`."""
         with self._lock:
             value = self._values.get(key, 0.0) + amount
+            self._values[key] = value
+            self._file.write_value(key, value, 0.0)
+
+    def set(self, key: str, value: float) -> None:
+        """Make ``value`` the value of ``key``."""
+        with self._lock:
             self._values[key] = value
             self._file.write_value(key, value, 0.0)
 

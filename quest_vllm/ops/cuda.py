@@ -65,8 +65,8 @@ def _check_pages(page_size: int, block_size: int) -> None:
     pages = block_size // page_size
     if page_size not in PAGE_SIZES or block_size % page_size or pages & (pages - 1):
         raise ValueError(
-            f"page_size: expected one of {PAGE_SIZES} that divides the block size {block_size} into 1, 2, 4, ... pages, "
-            f"got {page_size}"
+            f"page_size: expected one of {PAGE_SIZES} that divides the block size {block_size} into 1, 2, 4 or more "
+            f"pages, got {page_size}"
         )
 
 

@@ -36,6 +36,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=N",
         help="also serve the model as MODEL:NAME with this budget; may be repeated",
     )
+    group.add_argument(
+        "--quest-audit",
+        dest="audit_steps",
+        type=int,
+        metavar="STEPS",
+        help="check page summaries of one request while serving, every so many steps (never)",
+    )
+    group.add_argument(
+        "--quest-page",
+        dest="page",
+        action="store_const",
+        const="true",
+        help="a page at /quest: one prompt, several budgets side by side",
+    )
     return flags
 
 
@@ -57,7 +71,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list[str]) -> tuple[list[str], list[str]]:
-    takes_none = ("--quest-allow-override", "--no-quest-allow-override")
+    takes_none = ("--quest-allow-override", "--no-quest-allow-override", "--quest-page")
     theirs: list[str] = []
     ours: list[str] = []
     words = iter(arguments)

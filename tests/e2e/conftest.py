@@ -30,9 +30,9 @@ class Server:
     url: str
     log: Path
 
-    def client(self) -> OpenAI:
+    def client(self, key: str = "-") -> OpenAI:
         """An OpenAI client that does not retry."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=200)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=200)
 
     def metrics(self) -> dict[str, float]:
         """Every ``quest_`` sample of /metrics, keyed by name and labels as printed."""

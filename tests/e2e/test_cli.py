@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quest_vllm.cli import BACKEND_FLAG, MIDDLEWARE, main, serve_command
+from quest_vllm.server.flags import split_flags
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,24 @@ def test_serve_without_a_model_is_a_usage_error(capsys: pytest.CaptureFixture[st
         main(["serve"])
     assert ended.value.code == 2
     assert "expected a MODEL" in capsys.readouterr().err
+
+
+def test_our_own_flags_become_environment_and_the_rest_keeps_its_order() -> None:
+    flags = ["m", "--port", "1", "--quest-audit", "500", "-ac", '{"backend": "CUSTOM"}', "--lora-modules", "a=b"]
+    rest, environment = split_flags(flags)
+    assert rest == [flag for flag in flags if flag not in ("--quest-audit", "500")]
+    assert environment == {"QUEST_AUDIT_STEPS": "500"}
+    assert split_flags(["m", "--quest-audit=7"]) == (["m"], {"QUEST_AUDIT_STEPS": "7"})
+
+
+def test_the_page_brings_its_middleware() -> None:
+    rest, environment = split_flags(["m", "--quest-page", "--port", "1"])
+    assert rest == ["m", "--port", "1", "--middleware", "quest_vllm.page.routes.QuestPage"]
+    assert environment == {"QUEST_PAGE": "true"}
+
+
+def test_own_flag_without_its_value_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        split_flags(["m", "--quest-audit"])
+    assert ended.value.code == 2
+    assert "--quest-audit" in capsys.readouterr().err

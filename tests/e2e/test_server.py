@@ -155,5 +155,12 @@ def test_latency_histograms_by_budget_class(server: Server) -> None:
     assert "quest_token_budget_bucket" in names
 
 
+def test_the_page_is_off_unless_asked_for(server: Server) -> None:
+    for path in ("/quest", "/quest/page.js", "/v1/quest/info", "/v1/quest/trace/5"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + path, timeout=20)
+        assert refused.value.code == 404
+
+
 def test_z_sigterm_ends_it_cleanly(server: Server) -> None:
     assert server.stop() == 0

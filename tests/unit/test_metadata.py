@@ -39,6 +39,7 @@ def test_budget_of_512_reads_32_pages() -> None:
     classes, seq_lens = classify([(1, 4001, False, 512)])
     traffic = measure_traffic(classes, seq_lens, 16)
     assert (traffic.pages_selected, traffic.pages_available) == (32, 251)
+    assert (traffic.tokens_attended, traffic.tokens_available) == (31 * 16 + 1, 4001)
     # 31 full pages, one token of the newest, and 251 summaries as large as a token's K+V
     assert (traffic.vectors_read, traffic.vectors_dense) == (31 * 16 + 1 + 251, 4001)
 

@@ -30,6 +30,7 @@ import os
 from quest_vllm.metrics import get_worker_metrics
 m = get_worker_metrics()
 m.rows("sparse", "budget", 3); m.rows("dense", "prefill", 1); m.pages(8, 40); m.kv_bytes(100, 400)
+m.tokens(30, 90); m.kv_memory(160, 10); m.kv_memory(1600, 100); m.audited("right", 6)
 m.budget(512, 3); m.stage_seconds("score", 0.5)
 os._exit(1)
 """
@@ -67,6 +68,12 @@ def _expected(processes: int) -> dict[str, float]:
         'quest_decode_rows_total{path="dense",reason="no_budget"}': 0,
         "quest_pages_selected_total": 8 * processes,
         "quest_pages_available_total": 40 * processes,
+        "quest_tokens_attended_total": 30 * processes,
+        "quest_tokens_available_total": 90 * processes,
+        'quest_kv_cache_bytes{part="kv"}': 1600 * processes,
+        'quest_kv_cache_bytes{part="summaries"}': 100 * processes,
+        'quest_audit_pages_total{result="right"}': 6 * processes,
+        'quest_audit_pages_total{result="wrong"}': 0,
         "quest_kv_bytes_read_total": 100 * processes,
         "quest_kv_bytes_dense_total": 400 * processes,
         'quest_token_budget_bucket{le="256.0"}': 0,
