@@ -17,7 +17,6 @@ from quest_vllm.server.flags import parser, split_flags
 
 BACKEND_FLAG = "--attention-backend"
 MIDDLEWARE = ["--middleware", "quest_vllm.server.middleware.QuestMiddleware"]
-PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
@@ -80,8 +79,6 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
 def serve(arguments: Sequence[str]) -> int:
     """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
     theirs, environment = split_flags(arguments)
-    if "QUEST_PAGE" in environment:
-        theirs += PAGE_MIDDLEWARE
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(theirs)]
     if any(word in ("-h", "--help") for word in theirs):
         print(parser().format_help())

@@ -33,8 +33,8 @@ class QuestConfig:
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
-    at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means no
-    audit while serving; ``page`` lets requests of the page at /quest be traced.
+    at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means
+    no audit while serving; ``page`` lets requests of the page at /quest be traced.
     """
 
     token_budget: int = 2048

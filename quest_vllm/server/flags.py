@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from quest_vllm.config import ENV_PREFIX
 
+PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 PREFIXES = ("--quest-", "--no-quest-")
 
 
@@ -67,7 +68,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for key, value in vars(values).items():
         if value is not None:
             environment[ENV_PREFIX + key.upper()] = ",".join(value) if isinstance(value, list) else str(value)
-    return theirs, environment
+    return theirs + (PAGE_MIDDLEWARE if values.page else []), environment
 
 
 def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list[str]) -> tuple[list[str], list[str]]:

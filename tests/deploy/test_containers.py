@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from docker.run_steps import parse
-from quest_vllm.server.flags import split_flags
 from quest_vllm.compat import SUPPORTED_VLLM
+from quest_vllm.server.flags import split_flags
 from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"
