@@ -4,7 +4,7 @@ usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--output FILE
 
 Each backend runs in a process of its own, on the same GPU, one after the other. A case's time per output token is the
 median duration of an engine step in which every row decodes; its time to first token is that of the first request of
-the case alone, prefix cache off. The case of 256 tokens shows what a long max_model_len costs a short request.
+the case, prefix cache off; the median of five runs where the prompt is short. The case of 256 tokens shows what a long max_model_len costs a short request.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def child(arguments: argparse.Namespace) -> None:
         for context, batch, budget in CASES:
             if context > arguments.max_model_len:
                 continue
-            measured = run_case(engine, context, batch, budget if sparse else None, 64)
+            repeats = 5 if context <= 4096 else 1  # a long prefill takes seconds, and varies little
+            runs = [run_case(engine, context, batch, budget if sparse else None, 64) for _ in range(repeats)]
+            measured = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             record = {"backend": arguments.child, "context": context, "batch": batch, "budget": budget, **measured}
             print("CASE " + json.dumps(record), flush=True)
 

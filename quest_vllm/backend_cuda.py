@@ -23,7 +23,7 @@ from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
 from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
-from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import PageViews, split_chunks
 
 _flash = compat.flash_attention()
@@ -66,7 +66,6 @@ class SparseRows:
     seq_lens: torch.Tensor  # [num_rows] int32
     page_budgets: torch.Tensor  # [num_rows] int32
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
-    max_page_budget: int
 
 
 @dataclass
@@ -158,7 +157,6 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             seq_lens=common.seq_lens,
             page_budgets=self.page_budgets[:num_reqs],
             block_table=common.block_table_tensor,
-            max_page_budget=common.block_table_tensor.shape[1] * self.block_size // self.config.page_size,
         )
 
     def _some_rows(self, common: Any, rows: RowClasses) -> SparseRows:
@@ -175,7 +173,6 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             seq_lens=common.seq_lens[index],
             page_budgets=on_device(page_budgets),
             block_table=common.block_table_tensor[index],
-            max_page_budget=int(page_budgets.max()),
         )
 
     def _without(self, common: Any, sparse: SparseRows, rows: RowClasses) -> QuestCudaMetadata:
@@ -191,11 +188,22 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_layer_features(self.alibi_slopes, self.sinks)
-        self.config: QuestConfig = start_up(compat.current_vllm_config())
-        self._ops: Ops = load_ops(self.config.implementation, "cuda")
+        vllm_config: Any = compat.current_vllm_config()
+        self.config: QuestConfig = start_up(vllm_config)
+        self._ops: Ops = load_ops(self.config.implementation, "cuda", shape=self._shape(vllm_config))
         self._views: PageViews | None = None
         self._cache_pointer = 0
         self._sparse_layer: bool | None = None
+
+    def _shape(self, vllm_config: Any) -> LayerShape:
+        per_query_head = self.config.group_reduction == "per_query_head"
+        return LayerShape(
+            head_dim=self.head_size,
+            rows=1 if per_query_head else self.num_heads // self.num_kv_heads,
+            page_size=self.config.page_size,
+            block_size=vllm_config.cache_config.block_size or self.config.page_size,
+            dtype=vllm_config.model_config.dtype,
+        )
 
     def _page_views(self, kv_cache: torch.Tensor) -> PageViews:
         # the cache is bound once; views are kept as long as it stays where it is
@@ -208,7 +216,12 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
-        views = self._page_views(kv_cache)
+        views, page_size = self._page_views(kv_cache), self.config.page_size
+        has_summaries = self.sliding_window == (-1, -1)
+        if has_summaries and self._ops.write_kv is not None:
+            caches = (views.keys, views.values, views.summaries)
+            self._ops.write_kv(key, value, *caches, slot_mapping, page_size=page_size)
+            return
         compat.custom_ops().reshape_and_cache_flash(
             key,
             value,
@@ -219,8 +232,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             layer._k_scale,
             layer._v_scale,
         )
-        if self.sliding_window == (-1, -1):
-            self._ops.update_page_summaries(views.keys, views.summaries, slot_mapping, page_size=self.config.page_size)
+        if has_summaries:
+            self._ops.update_page_summaries(views.keys, views.summaries, slot_mapping, page_size=page_size)
 
     def forward(
         self,
@@ -256,44 +269,23 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
 
     def _attend_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
         config = self.config
-        # the kernels may leave what lies past a row's end or budget unwritten: nothing then scales with max_model_len
-        tails: dict[str, Any] = {"fill_tail": False} if self._ops.name == "triton" else {}
-        bounds: dict[str, Any] = {"page_budgets": rows.page_budgets, "out": output} if tails else {}
-        scores = self._ops.score_pages(
-            query,
-            views.summaries,
-            rows.block_table,
-            rows.seq_lens,
-            page_size=config.page_size,
-            group_reduction=config.group_reduction,
-            bound_radius=config.bound_radius,
-            scale=self.scale,
-            **tails,
-        )
-        selected = self._ops.select_pages(
-            scores,
-            rows.seq_lens,
-            rows.page_budgets,
-            page_size=config.page_size,
-            sink_pages=config.sink_pages,
-            recent_pages=config.recent_pages,
-            max_page_budget=rows.max_page_budget,
-            **tails,
-        )
-        attended = self._ops.sparse_paged_attention(
+        self._ops.quest_decode(
             query,
             views.keys,
             views.values,
+            views.summaries,
             rows.block_table,
             rows.seq_lens,
-            selected,
+            rows.page_budgets,
             page_size=config.page_size,
             scale=self.scale,
             softcap=self.logits_soft_cap,
-            **bounds,
+            group_reduction=config.group_reduction,
+            bound_radius=config.bound_radius,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            out=output,
         )
-        if not bounds:
-            output.copy_(attended)
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:
         compat.flash_attn_varlen_func()(

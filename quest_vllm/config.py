@@ -19,7 +19,7 @@ from quest_vllm.errors import QuestConfigError
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
-IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
 ENV_CONFIG = "QUEST_CONFIG"

@@ -27,20 +27,81 @@ class ImplementationUnavailable(QuestError):
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """What an implementation has to know of a layer before it can promise to serve it."""
+
+    head_dim: int
+    rows: int  # query heads that share a selection
+    page_size: int
+    block_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Ops:
-    """The four operations of one implementation, with the signatures of :mod:`quest_vllm.ops.reference`."""
+    """The operations of one implementation, with the signatures of :mod:`quest_vllm.ops.reference`.
+
+    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``write_kv``, where there is one,
+    stores keys and values and updates the summaries in one launch (see :func:`quest_vllm.ops.cuda.write_kv`).
+    """
 
     name: str
     update_page_summaries: Callable[..., None]
     score_pages: Callable[..., torch.Tensor]
     select_pages: Callable[..., torch.Tensor]
     sparse_paged_attention: Callable[..., torch.Tensor]
+    quest_decode: Callable[..., torch.Tensor]
+    write_kv: Callable[..., None] | None = None
+
+
+def compose(
+    score_pages: Callable[..., torch.Tensor],
+    select_pages: Callable[..., torch.Tensor],
+    sparse_paged_attention: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """Return ``quest_decode``: the composition of the three operations.
+
+    Its positional arguments are ``query``, ``key_cache``, ``value_cache``, ``summaries``, ``block_table``, ``seq_lens``
+    and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it.
+    Returns ``out``, ``[num_reqs, num_q_heads, head_dim]``, made when None.
+    """
+
+    def quest_decode(
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        summaries: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        page_budgets: torch.Tensor,
+        *,
+        page_size: int,
+        scale: float,
+        softcap: float = 0.0,
+        group_reduction: str = "max",
+        bound_radius: float = 1.0,
+        sink_pages: int = 1,
+        recent_pages: int = 2,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = (block_table, seq_lens)
+        scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
+        scores = score_pages(query, summaries, *rows, page_size=page_size, **scoring)
+        forced = {"sink_pages": sink_pages, "recent_pages": recent_pages}
+        width = block_table.shape[1] * summaries.shape[2]
+        selected = select_pages(scores, seq_lens, page_budgets, page_size=page_size, max_page_budget=width, **forced)
+        attended = sparse_paged_attention(
+            query, key_cache, value_cache, *rows, selected, page_size=page_size, scale=scale, softcap=softcap
+        )
+        return attended if out is None else out.copy_(attended)
+
+    return quest_decode
 
 
 def _from_module(name: str, module: Any) -> Ops:
-    return Ops(
-        name, module.update_page_summaries, module.score_pages, module.select_pages, module.sparse_paged_attention
-    )
+    stages = (module.score_pages, module.select_pages, module.sparse_paged_attention)
+    fused = getattr(module, "quest_decode", None) or compose(*stages)
+    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "write_kv", None))
 
 
 def _eager(name: str, module: Any, kv_format: str) -> Ops:
@@ -50,55 +111,61 @@ def _eager(name: str, module: Any, kv_format: str) -> Ops:
         return ops
     from quest_vllm.ops.cpu import unpack_keys, unpack_values
 
-    return Ops(
-        name,
-        functools.partial(packed.update_page_summaries, ops.update_page_summaries, unpack_keys, kv_format),
-        ops.score_pages,
-        ops.select_pages,
-        functools.partial(
-            packed.sparse_paged_attention, ops.sparse_paged_attention, unpack_keys, unpack_values, kv_format
-        ),
+    update = functools.partial(packed.update_page_summaries, ops.update_page_summaries, unpack_keys, kv_format)
+    attend = functools.partial(
+        packed.sparse_paged_attention, ops.sparse_paged_attention, unpack_keys, unpack_values, kv_format
     )
+    return _packed(ops, name, update, attend)
+
+
+def _packed(ops: Any, name: str, update: Callable[..., None], attend: Callable[..., torch.Tensor]) -> Ops:
+    fused = compose(ops.score_pages, ops.select_pages, attend)
+    return Ops(name, update, ops.score_pages, ops.select_pages, attend, fused)
 
 
 def _cpu(kv_format: str) -> Ops:
     from quest_vllm.ops import cpu
 
     cpu.load()
-    return Ops(
-        "cpu",
-        functools.partial(cpu.update_page_summaries, kv_format=kv_format),
-        cpu.score_pages,
-        cpu.select_pages,
-        functools.partial(cpu.sparse_paged_attention, kv_format=kv_format),
-    )
+    update = functools.partial(cpu.update_page_summaries, kv_format=kv_format)
+    return _packed(cpu, "cpu", update, functools.partial(cpu.sparse_paged_attention, kv_format=kv_format))
 
 
 def _triton() -> Ops:
     return _from_module("triton", importlib.import_module("quest_vllm.ops.triton"))
 
 
-def _auto(device_type: str, kv_format: str) -> Ops:
-    if device_type == "cuda":
-        return load_ops("triton", device_type)
+def _cuda(shape: LayerShape | None) -> Ops:
+    from quest_vllm.ops import cuda
+
+    cuda.check_device()
+    if shape is not None:
+        cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
+        cuda.load(shape.head_dim)
+    return _from_module("cuda", cuda)
+
+
+def _auto(device_type: str, kv_format: str, shape: LayerShape | None) -> Ops:
+    fast, portable, slow = ("cuda", "triton", "") if device_type == "cuda" else ("cpu", "torch", ", which is slow")
     try:
-        return load_ops("cpu", device_type, kv_format)
+        return load_ops(fast, device_type, kv_format, shape)
     except ImplementationUnavailable as error:
-        logger.warning("quest_vllm: no C++ kernels (%s); using the plain PyTorch path, which is slow", error)
-        return load_ops("torch", device_type, kv_format)
+        logger.warning("quest_vllm: no C++ kernels (%s); using %s%s", error, portable, slow)
+        return load_ops(portable, device_type, kv_format, shape)
 
 
 @functools.cache  # one build attempt, and one warning, for all layers
-def load_ops(implementation: str, device_type: str, kv_format: str = "rows") -> Ops:
+def load_ops(implementation: str, device_type: str, kv_format: str = "rows", shape: LayerShape | None = None) -> Ops:
     """Return the operations of ``implementation`` for tensors on ``device_type`` ("cpu" or "cuda").
 
-    ``kv_format`` is how keys and values lie inside a block: "rows" everywhere but on vLLM-CPU. Raises
-    :class:`ImplementationUnavailable` when a named implementation cannot run here, ``ValueError`` for an unknown name.
+    ``kv_format`` is how keys and values lie inside a block: "rows" everywhere but on vLLM-CPU. ``shape`` is the
+    layer's, where it is known. Raises :class:`ImplementationUnavailable` when a named implementation cannot run here or serve
+    that shape, ``ValueError`` for an unknown name.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":
-        return _auto(device_type, kv_format)
+        return _auto(device_type, kv_format, shape)
     if implementation == "reference":
         return _eager("reference", reference, kv_format)
     if implementation == "torch":
@@ -109,6 +176,8 @@ def load_ops(implementation: str, device_type: str, kv_format: str = "rows") -> 
             f"implementation {implementation!r} needs tensors on {required}, the model runs on {device_type}"
         )
     try:
-        return _cpu(kv_format) if implementation == "cpu" else _triton()
+        if implementation == "cpu":
+            return _cpu(kv_format)
+        return _triton() if implementation == "triton" else _cuda(shape)
     except (ImportError, OSError, RuntimeError) as error:
         raise ImplementationUnavailable(f"{implementation}: {error}") from error

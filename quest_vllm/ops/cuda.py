@@ -42,11 +42,35 @@ def load(head_dim: int) -> ctypes.CDLL:
     return library
 
 
-def check_device(device: torch.device) -> None:
-    """Raise :class:`KernelsUnavailable` unless ``device`` has thread block clusters."""
-    capability = torch.cuda.get_device_capability(device)
+def check_device() -> None:
+    """Raise :class:`KernelsUnavailable` unless the current GPU is a Hopper."""
+    if not torch.cuda.is_available():
+        raise KernelsUnavailable("no CUDA GPU is visible")
+    capability = torch.cuda.get_device_capability()
     if capability[0] != 9:
         raise KernelsUnavailable(f"the CUDA kernels are built for compute capability 9.0, this GPU has {capability}")
+
+
+def check_layer(head_dim: int, rows: int, page_size: int, block_size: int, dtype: torch.dtype) -> None:
+    """Raise :class:`KernelsUnavailable` for a layer that the kernels cannot serve; ``rows`` share a selection."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise KernelsUnavailable(f"dtype: expected bfloat16 or float16, got {dtype}")
+    if head_dim not in cuda_build.HEAD_DIMS:
+        raise KernelsUnavailable(f"head_dim: expected one of {cuda_build.HEAD_DIMS}, got {head_dim}")
+    if rows > _most_rows(head_dim):
+        raise KernelsUnavailable(
+            f"query heads a selection: expected at most {_most_rows(head_dim)} at head_dim {head_dim}, got {rows}"
+        )
+    pages = block_size // page_size
+    if page_size not in PAGE_SIZES or block_size % page_size or pages & (pages - 1):
+        raise KernelsUnavailable(
+            f"page_size: expected one of {PAGE_SIZES} that divides the block size {block_size} into 1, 2, 4 or more "
+            f"pages, got {page_size}"
+        )
+
+
+def _most_rows(head_dim: int) -> int:
+    return 8 if head_dim > 128 else 16
 
 
 def _check_rows(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
@@ -61,18 +85,7 @@ def _check_index(tensor: torch.Tensor, name: str, dtype: torch.dtype = torch.int
         raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}")
 
 
-def _check_pages(page_size: int, block_size: int) -> None:
-    pages = block_size // page_size
-    if page_size not in PAGE_SIZES or block_size % page_size or pages & (pages - 1):
-        raise ValueError(
-            f"page_size: expected one of {PAGE_SIZES} that divides the block size {block_size} into 1, 2, 4 or more "
-            f"pages, got {page_size}"
-        )
-
-
 def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype: torch.dtype) -> None:
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype: expected bfloat16 or float16, got {dtype}")
     library = load(head_dim)
     stream = torch.cuda.current_stream().cuda_stream
     error = getattr(library, name)(ctypes.byref(params), int(dtype == torch.bfloat16), stream)
@@ -130,7 +143,6 @@ def _common(
     num_kv_heads = cache.shape[1]
     select_heads = num_q_heads if per_query_head else num_kv_heads
     pages_per_block = cache.shape[2] if cache.dim() == 5 else cache.shape[2] // page_size
-    _check_pages(page_size, pages_per_block * page_size)
     _check_rows(query, "query", query.dtype)
     _check_index(block_table, "block_table")
     _check_index(seq_lens, "seq_lens")
@@ -138,9 +150,7 @@ def _common(
     shape = _Shape(
         num_reqs, select_heads, num_q_heads // select_heads, head_dim, block_table.shape[1] * pages_per_block
     )
-    most = 8 if head_dim > 128 else 16
-    if shape.rows > most:
-        raise ValueError(f"query heads a selection: expected at most {most} at head_dim {head_dim}, got {shape.rows}")
+    check_layer(head_dim, shape.rows, page_size, pages_per_block * page_size, query.dtype)
     params = DecodeParams(
         query=query.data_ptr(),
         block_table=block_table.data_ptr(),
@@ -336,7 +346,7 @@ def _write_params(
     key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, page_size: int
 ) -> WriteParams:
     _check_index(slot_mapping, "slot_mapping", torch.int64)
-    _check_pages(page_size, key_cache.shape[2])
+    check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
     params = WriteParams(
         slot_mapping=slot_mapping.data_ptr(),
         num_tokens=slot_mapping.shape[0],

@@ -6,6 +6,7 @@ from ``seq_lens`` on the device. Pass ``out`` (and ``scratch``) to launch withou
 
 from __future__ import annotations
 
+from quest_vllm.ops.triton.quest_decode import quest_decode
 from quest_vllm.ops.triton.score_pages import MassScratch, mass_scratch, score_pages
 from quest_vllm.ops.triton.select_pages import select_pages
 from quest_vllm.ops.triton.sparse_paged_attention import AttentionScratch, attention_scratch, sparse_paged_attention
@@ -16,6 +17,7 @@ __all__ = [
     "MassScratch",
     "attention_scratch",
     "mass_scratch",
+    "quest_decode",
     "score_pages",
     "select_pages",
     "sparse_paged_attention",

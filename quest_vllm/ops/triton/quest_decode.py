@@ -1,0 +1,67 @@
+"""The chain of the Triton kernels: nothing in it scales with the longest context that the server allows."""
+
+from __future__ import annotations
+
+import torch
+
+from quest_vllm.ops.triton.score_pages import score_pages
+from quest_vllm.ops.triton.select_pages import select_pages
+from quest_vllm.ops.triton.sparse_paged_attention import sparse_paged_attention
+
+
+def quest_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    group_reduction: str = "max",
+    bound_radius: float = 1.0,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score, select and attend; see :func:`quest_vllm.ops.api.compose` for arguments and result.
+
+    What lies past a row's end or budget is left unwritten between the kernels.
+    """
+    scores = score_pages(
+        query,
+        summaries,
+        block_table,
+        seq_lens,
+        page_size=page_size,
+        group_reduction=group_reduction,
+        bound_radius=bound_radius,
+        scale=scale,
+        fill_tail=False,
+    )
+    selected = select_pages(
+        scores,
+        seq_lens,
+        page_budgets,
+        page_size=page_size,
+        sink_pages=sink_pages,
+        recent_pages=recent_pages,
+        max_page_budget=block_table.shape[1] * summaries.shape[2],
+        fill_tail=False,
+    )
+    return sparse_paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        selected,
+        page_size=page_size,
+        scale=scale,
+        softcap=softcap,
+        page_budgets=page_budgets,
+        out=out,
+    )

@@ -1,0 +1,49 @@
+"""csrc/cuda compiles for Hopper without a GPU, fits its registers, and agrees with Python about its parameters."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from quest_vllm.ops import build_tools, cuda, cuda_build
+from quest_vllm.ops.build_tools import KernelsUnavailable
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> list[str]:
+    try:
+        return cuda_build.find_nvcc()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("source", cuda_build.SOURCES)
+def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, tmp_path) -> None:
+    path = build_tools.source_dir("cuda") / source
+    command = [*nvcc, *cuda_build.FLAGS, "-Xptxas=-v", "-DQUEST_HEAD_DIM=64", "-cubin", str(path), "-o"]
+    done = subprocess.run([*command, str(tmp_path / "out.cubin")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = [
+        int(line.split(" bytes spill stores")[0].split()[-1]) for line in done.stderr.splitlines() if "spill" in line
+    ]
+    assert spills and max(spills) <= 128, done.stderr
+
+
+def test_library_loads_and_parameters_have_the_same_size(nvcc: list[str], tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("QUEST_VLLM_CACHE", str(tmp_path))
+    cuda.load.cache_clear()
+    cuda.load(64)  # raises where the sizes differ
+    assert cuda_build.library_path(64).is_file()
+
+
+def test_no_compiler_is_said_in_words(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    monkeypatch.setenv("QUEST_VLLM_CACHE", str(tmp_path))
+    with pytest.raises(KernelsUnavailable, match="no CUDA compiler: expected NVCC=no-such-nvcc"):
+        cuda_build.build(64)
+
+
+def test_another_head_dim_is_refused() -> None:
+    with pytest.raises(KernelsUnavailable, match=r"head_dim: expected one of \(64, 128, 256\), got 80"):
+        cuda_build.build(80)
