@@ -4,7 +4,8 @@ usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--output FILE
 
 Each backend runs in a process of its own, on the same GPU, one after the other. A case's time per output token is the
 median duration of an engine step in which every row decodes; its time to first token is that of the first request of
-the case, prefix cache off; the median of five runs where the prompt is short. The case of 256 tokens shows what a long max_model_len costs a short request.
+the case, prefix cache off; the median of five runs where the prompt is short. The case of 256 tokens shows what a long
+max_model_len costs a short request.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 usage: bench_gpu_ops.py [--output FILE.json]
 
 32 query and 8 KV heads, head_dim 128, bf16, page size 16, pages in random order. Each number is the median of 20
-replays of a CUDA graph with the L2 cache flushed before it, in microseconds a layer. ``limit`` is the bytes of the byte
-model (summaries plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean clocks of
-the fused launch's CTAs, as shares of its time on the GPU.
+replays of a CUDA graph with the L2 cache flushed before it, in microseconds a layer. ``limit`` is the bytes of the
+byte model (summaries plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean
+clocks of the fused launch's CTAs, as shares of its time on the GPU.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@
 
 namespace quest {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+#ifndef QUEST_WARPS
+#define QUEST_WARPS 8
+#endif
+constexpr int kWarps = QUEST_WARPS;  // 8, two CTAs to an SM; or 16, for grids that give an SM only one
+constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxRows = 16;       // query heads that share a selection
 constexpr int kTileShift = 4;

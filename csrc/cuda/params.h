@@ -51,7 +51,7 @@ struct WriteParams {
   int64_t key_block_stride, key_head_stride, key_row_stride;
   int64_t value_block_stride, value_head_stride, value_row_stride;
   int64_t summary_block_stride, summary_head_stride, summary_page_stride, summary_bound_stride;
-  int32_t num_tokens, num_kv_heads, page_size, block_size;
+  int32_t num_tokens, num_kv_heads, page_shift, block_shift;  // log2 of tokens in a page and in a block
 };
 
 }  // namespace quest

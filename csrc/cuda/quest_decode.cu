@@ -3,7 +3,7 @@
 // seq_lens and page_budgets on the device, so one captured CUDA graph serves every mix of lengths and budgets, and a
 // row whose budget covers its context goes straight to attention.
 //
-// Compiled once per head_dim: -DQUEST_HEAD_DIM=64, 128 or 256.
+// Compiled once per head_dim and number of warps: -DQUEST_HEAD_DIM=64, 128 or 256, -DQUEST_WARPS=8 or 16.
 #include "attend.cuh"
 #include "score.cuh"
 #include "select.cuh"
@@ -42,7 +42,7 @@ __host__ __device__ constexpr int inbox_bytes(int rows) {
 }
 
 template <typename T, int D, int kHeadTiles>
-__global__ void __launch_bounds__(kThreads, kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ Shared shared;
   extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
@@ -122,7 +122,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream) {
   if (p.rows <= 8) return launch<T, QUEST_HEAD_DIM, 1>(p, stream);
-#if QUEST_HEAD_DIM <= 128
+#if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8  // 16 warps have no registers for more heads
   if (p.rows <= 16) return launch<T, QUEST_HEAD_DIM, 2>(p, stream);
 #endif
   return cudaErrorInvalidValue;
@@ -138,4 +138,9 @@ extern "C" __attribute__((visibility("default"))) int quest_decode(const quest::
 
 extern "C" __attribute__((visibility("default"))) const char* quest_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// What ctypes has to agree with.
+extern "C" __attribute__((visibility("default"))) int quest_params_size(int which) {
+  return static_cast<int>(which == 0 ? sizeof(quest::DecodeParams) : sizeof(quest::WriteParams));
 }

@@ -6,7 +6,7 @@ namespace quest {
 
 // Score groups and attention tiles that are worth a CTA. A CTA then scores at most 144 pages or its part of the longest
 // context over the whole cluster: cuda.py sizes the buffer so.
-constexpr int kMinimumWork = 2 * kWarps;
+constexpr int kMinimumWork = 16;
 
 // Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
 struct alignas(128) Shared {

@@ -25,15 +25,17 @@ __device__ __forceinline__ float nan_max(float a, float b) { return a != a ? a :
 
 // source[r]: the token of this call that wrote row r of the page, or -1. Returns whether `token` is the page's last.
 __device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int* source) {
-  const int64_t page = slot / p.page_size;
-  for (int row = lane_id(); row < p.page_size; row += 32) source[row] = -1;
+  const int page_size = 1 << p.page_shift;
+#pragma unroll 1
+  for (int row = lane_id(); row < page_size; row += 32) source[row] = -1;
   __syncwarp();
   bool later = false;
-  const int begin = max(0, token - p.page_size + 1), end = min(p.num_tokens, token + p.page_size);
-  for (int other = begin + lane_id(); other < end; other += 32) {
+  const int end = min(p.num_tokens, token + page_size);
+#pragma unroll 1
+  for (int other = max(0, token - page_size + 1) + lane_id(); other < end; other += 32) {
     const int64_t theirs = p.slot_mapping[other];
-    if (theirs >= 0 && theirs / p.page_size == page) {
-      source[theirs % p.page_size] = other;
+    if (theirs >= 0 && theirs >> p.page_shift == slot >> p.page_shift) {
+      source[theirs & (page_size - 1)] = other;
       later |= theirs > slot;
     }
   }
@@ -44,35 +46,50 @@ __device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, 
 template <typename T, int D>
 __device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, int head, const int* source) {
   constexpr int kLanes = D / 8, kRows = 32 / kLanes;  // lanes to a row, rows at a time
-  const int part = lane_id() % kLanes, block_row = static_cast<int>(slot % p.block_size);
-  const int first = block_row / p.page_size * p.page_size, count = block_row - first + 1;
-  const T* cached = static_cast<const T*>(p.keys) + slot / p.block_size * p.key_block_stride + head * p.key_head_stride;
+  constexpr int kRound = 16 / kRows;                  // reads in flight: 16 rows of the page
+  const int part = lane_id() % kLanes * 8;
+  const int block_row = static_cast<int>(slot & ((1 << p.block_shift) - 1));
+  const int first = block_row >> p.page_shift << p.page_shift, count = block_row - first + 1;
+  const int64_t block = slot >> p.block_shift;
+  const T* cached = static_cast<const T*>(p.keys) + block * p.key_block_stride + head * p.key_head_stride + part;
+  const T* given = static_cast<const T*>(p.key) + head * p.key_head_stride_in + part;
   float low[8], high[8];
+#pragma unroll
   for (int i = 0; i < 8; ++i) {
     low[i] = INFINITY;
     high[i] = -INFINITY;
   }
-#pragma unroll 4
-  for (int row = lane_id() / kLanes; row < count; row += kRows) {
-    const int from = p.key == nullptr ? -1 : source[row];
-    const T* place = from < 0 ? cached + (first + row) * p.key_row_stride
-                              : static_cast<const T*>(p.key) + from * p.key_token_stride + head * p.key_head_stride_in;
-    const Vector8<T> key = Vector8<T>::load(place + part * 8);
-    for (int i = 0; i < 8; ++i) {
-      low[i] = nan_min(low[i], static_cast<float>(key.item[i]));
-      high[i] = nan_max(high[i], static_cast<float>(key.item[i]));
+#pragma unroll 1
+  for (int round = lane_id() / kLanes; round < count; round += 16) {
+    Vector8<T> key[kRound];
+#pragma unroll
+    for (int k = 0; k < kRound; ++k) {
+      const int row = min(round + k * kRows, count - 1);  // the last row once more changes nothing
+      const int from = p.key == nullptr ? -1 : source[row];
+      key[k] = Vector8<T>::load(from < 0 ? cached + (first + row) * p.key_row_stride : given + from * p.key_token_stride);
+    }
+#pragma unroll
+    for (int k = 0; k < kRound; ++k) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        low[i] = nan_min(low[i], static_cast<float>(key[k].item[i]));
+        high[i] = nan_max(high[i], static_cast<float>(key[k].item[i]));
+      }
     }
   }
+#pragma unroll
   for (int step = kLanes; step < 32; step *= 2) {
+#pragma unroll
     for (int i = 0; i < 8; ++i) {
       low[i] = nan_min(low[i], __shfl_xor_sync(0xFFFFFFFFu, low[i], step));
       high[i] = nan_max(high[i], __shfl_xor_sync(0xFFFFFFFFu, high[i], step));
     }
   }
   if (lane_id() >= kLanes) return;
-  T* summary = static_cast<T*>(p.summaries) + slot / p.block_size * p.summary_block_stride +
-               head * p.summary_head_stride + block_row / p.page_size * p.summary_page_stride + part * 8;
+  T* summary = static_cast<T*>(p.summaries) + block * p.summary_block_stride + head * p.summary_head_stride +
+               (block_row >> p.page_shift) * p.summary_page_stride + part;
   uint4 packed_low, packed_high;
+#pragma unroll
   for (int i = 0; i < 4; ++i) {
     (&packed_low.x)[i] = Half<T>::pack(low[2 * i], low[2 * i + 1]);
     (&packed_high.x)[i] = Half<T>::pack(high[2 * i], high[2 * i + 1]);
@@ -92,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
   const int64_t slot = p.slot_mapping[token];
   if (slot < 0) return;
   if (p.key != nullptr) {
-    const int64_t block = slot / p.block_size, row = slot % p.block_size;
+    const int64_t block = slot >> p.block_shift, row = slot & ((1 << p.block_shift) - 1);
     const T* key = static_cast<const T*>(p.key) + token * p.key_token_stride + head * p.key_head_stride_in;
     const T* value = static_cast<const T*>(p.value) + token * p.value_token_stride + head * p.value_head_stride_in;
     T* key_out = static_cast<T*>(p.keys) + block * p.key_block_stride + head * p.key_head_stride + row * p.key_row_stride;
@@ -120,9 +137,4 @@ cudaError_t launch_write(const WriteParams& p, cudaStream_t stream) {
 extern "C" __attribute__((visibility("default"))) int quest_write_kv(const quest::WriteParams* p, int bfloat16, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   return bfloat16 ? quest::launch_write<__nv_bfloat16>(*p, s) : quest::launch_write<__half>(*p, s);
-}
-
-// What ctypes has to agree with.
-extern "C" __attribute__((visibility("default"))) int quest_params_size(int which) {
-  return static_cast<int>(which == 0 ? sizeof(quest::DecodeParams) : sizeof(quest::WriteParams));
 }

@@ -136,12 +136,13 @@ def _triton() -> Ops:
 
 
 def _cuda(shape: LayerShape | None) -> Ops:
-    from quest_vllm.ops import cuda
+    from quest_vllm.ops import cuda, cuda_build
 
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
-        cuda.load(shape.head_dim)
+        for warps in cuda_build.variants(shape.head_dim):
+            cuda.load(shape.head_dim, warps)
     return _from_module("cuda", cuda)
 
 
@@ -159,8 +160,8 @@ def load_ops(implementation: str, device_type: str, kv_format: str = "rows", sha
     """Return the operations of ``implementation`` for tensors on ``device_type`` ("cpu" or "cuda").
 
     ``kv_format`` is how keys and values lie inside a block: "rows" everywhere but on vLLM-CPU. ``shape`` is the
-    layer's, where it is known. Raises :class:`ImplementationUnavailable` when a named implementation cannot run here or serve
-    that shape, ``ValueError`` for an unknown name.
+    layer's, where it is known. Raises :class:`ImplementationUnavailable` when a named implementation cannot run here or
+    serve that shape, ``ValueError`` for an unknown name.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")

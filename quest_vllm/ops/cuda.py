@@ -20,21 +20,24 @@ from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, Decode
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
-ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM, at any head_dim
+ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
 
 
 @functools.cache
-def load(head_dim: int) -> ctypes.CDLL:
-    """Build the library for ``head_dim`` if need be, and load it. Raises :class:`KernelsUnavailable`."""
-    path = cuda_build.build(head_dim)
+def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
+    """Build the library for ``head_dim`` and CTAs of ``warps`` if need be, and load it; its launches, by C name.
+
+    Raises :class:`KernelsUnavailable`.
+    """
+    path = cuda_build.build(head_dim, warps)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelsUnavailable(f"cannot load {path}: {error}") from error
     library.quest_error_string.restype = ctypes.c_char_p
-    for name in ("quest_decode", "quest_write_kv"):
+    for name in ("quest_decode", "quest_write_kv") if warps == 8 else ("quest_decode",):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     sizes = [library.quest_params_size(which) for which in (0, 1)]
     if sizes != [ctypes.sizeof(DecodeParams), ctypes.sizeof(WriteParams)]:
@@ -85,20 +88,12 @@ def _check_index(tensor: torch.Tensor, name: str, dtype: torch.dtype = torch.int
         raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}")
 
 
-def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype: torch.dtype) -> None:
-    library = load(head_dim)
+def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype: torch.dtype, warps: int = 8) -> None:
+    library = load(head_dim, warps)
     stream = torch.cuda.current_stream().cuda_stream
     error = getattr(library, name)(ctypes.byref(params), int(dtype == torch.bfloat16), stream)
     if error:
         raise RuntimeError(f"{name}: {library.quest_error_string(error).decode()}")
-
-
-def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
-    """CTAs of a (request, head)'s cluster: few rows share the GPU, many rows still take two each, so that a long one
-    has two. Measured on an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
-    """
-    clusters = max(1, num_reqs * num_select_heads)
-    return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
 
 
 @dataclass(frozen=True)
@@ -112,15 +107,31 @@ class _Shape:
     max_pages: int
 
 
-def _size_scores(params: DecodeParams, shape: _Shape, planes: int, device: torch.device) -> torch.Tensor | None:
-    """Keep a CTA's scores in its shared memory where the longest context fits, else in a scratch tensor."""
+def _launch_decode(params: DecodeParams, shape: _Shape, planes: int, query: torch.Tensor) -> None:
+    """Launch with as many warps as the grid leaves room for, and scores where they fit."""
+    alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
+    # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
+    scratch = _size_scores(params, shape, planes, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
+    many = alone and shape.head_dim <= 128 and shape.rows <= 8
+    _launch("quest_decode", shape.head_dim, params, query.dtype, 16 if many else 8)
+    del scratch
+
+
+def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
+    """CTAs of a (request, head)'s cluster: few rows share the GPU, many rows still take two each, so that a long one
+    has two. Measured on an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
+    """
+    clusters = max(1, num_reqs * num_select_heads)
+    return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
+
+
+def _size_scores(
+    params: DecodeParams, shape: _Shape, planes: int, room: int, device: torch.device
+) -> torch.Tensor | None:
+    """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
     share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
     params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    needed = 4 * planes * params.shared_pages
-    if needed <= SHARED_SCORE_BYTES:
-        return None
-    alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
-    if alone and needed <= ALL_SCORE_BYTES:
+    if 4 * planes * params.shared_pages <= room:
         return None
     size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
@@ -245,10 +256,7 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
-    scratch = _size_scores(params, shape, shape.rows if group_reduction == "mass" else 1, query.device)
-    _launch("quest_decode", shape.head_dim, params, query.dtype)
-    del scratch
+    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query)
     return out
 
 
@@ -275,9 +283,7 @@ def score_pages(
     _set_summaries(params, summaries, query.dtype)
     params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
     params.bound_radius, params.scale = bound_radius, scale
-    scratch = _size_scores(params, shape, shape.rows if group_reduction == "mass" else 1, query.device)
-    _launch("quest_decode", shape.head_dim, params, query.dtype)
-    del scratch
+    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query)
     return scores
 
 
@@ -306,9 +312,7 @@ def select_pages(
     scores = page_scores.contiguous()
     params.scores, params.selected, params.stages = scores.data_ptr(), selected.data_ptr(), SELECT
     params.selected_width, params.sink_pages, params.recent_pages = max_page_budget, sink_pages, recent_pages
-    scratch = _size_scores(params, shape, 1, device)
-    _launch("quest_decode", head_dim, params, query.dtype)
-    del scratch
+    _launch_decode(params, shape, 1, query)
     return selected
 
 
@@ -338,7 +342,7 @@ def sparse_paged_attention(
     params.selected, params.selected_width, params.out = selected.data_ptr(), width, out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.stages, params.scale, params.softcap = ATTEND, scale, softcap
-    _launch("quest_decode", shape.head_dim, params, query.dtype)
+    _launch_decode(params, shape, 1, query)
     return out
 
 
@@ -351,8 +355,8 @@ def _write_params(
         slot_mapping=slot_mapping.data_ptr(),
         num_tokens=slot_mapping.shape[0],
         num_kv_heads=key_cache.shape[1],
-        page_size=page_size,
-        block_size=key_cache.shape[2],
+        page_shift=page_size.bit_length() - 1,
+        block_shift=key_cache.shape[2].bit_length() - 1,
     )
     _set_summaries(params, summaries, key_cache.dtype)
     return params

@@ -40,5 +40,5 @@ class WriteParams(ctypes.Structure):
         *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
         *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
         *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
-        *_fields(ctypes.c_int32, "num_tokens num_kv_heads page_size block_size"),
+        *_fields(ctypes.c_int32, "num_tokens num_kv_heads page_shift block_shift"),
     ]
