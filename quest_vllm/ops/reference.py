@@ -153,12 +153,19 @@ def select_pages(
     sink_pages: int = 1,
     recent_pages: int = 2,
     max_page_budget: int,
+    top_p: torch.Tensor | None = None,
+    page_floors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose the ``min(page_budget, pages)`` best pages of each row; sink and recent pages are always among them.
 
     Forced pages count inside the budget; a budget smaller than their number keeps the newest pages first, then the
     sinks. Equal scores go to the lower page index; NaN ranks as +inf. Returns
     ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded.
+
+    ``top_p`` ``[num_reqs]`` float32 lets each row and head take fewer: pages are taken in that order until their share
+    of the estimated mass reaches it, at least ``page_floors`` ``[num_reqs]`` int32 (None: 0) and the forced pages, at
+    most the budget. Only for scores that are logs of mass (``group_reduction="mass"``). At 1 or above, and where a
+    share is NaN, the budget is spent.
     """
     num_reqs, num_heads, max_pages = page_scores.shape
     device = page_scores.device
@@ -174,12 +181,26 @@ def select_pages(
     by_score = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     by_tier = torch.sort(tier.gather(-1, by_score), dim=-1, descending=True, stable=True).indices
     ranked = by_score.gather(-1, by_tier)[..., :max_page_budget]
-    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)
+    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)  # [num_reqs, 1]
+    if top_p is not None:
+        forced = (tier[:, 0] > 0).sum(dim=-1, keepdim=True)
+        floor = forced if page_floors is None else torch.maximum(forced, page_floors.long()[:, None])
+        needed = _pages_for_mass(page_scores.masked_fill(tier < 0, float("-inf")), ranked, top_p)
+        take = torch.minimum(torch.maximum(needed, floor), take)  # [num_reqs, num_heads]
     kept = torch.arange(ranked.shape[-1], device=device)[None, None, :] < take[:, :, None]
     ascending = torch.where(kept, ranked, max_pages).sort(dim=-1).values
     selected = torch.full((num_reqs, num_heads, max_page_budget), -1, dtype=torch.int32, device=device)
     selected[..., : ranked.shape[-1]] = torch.where(ascending < max_pages, ascending, -1).int()
     return selected
+
+
+def _pages_for_mass(log_mass: torch.Tensor, ranked: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """How many of ``ranked`` reach ``top_p`` of the mass, ``[num_reqs, num_heads]``; all of them where none does."""
+    share = log_mass.softmax(dim=-1).gather(-1, ranked).cumsum(dim=-1)
+    wanted = top_p.to(share.dtype)[:, None, None]
+    reached = (share >= wanted) & (wanted < 1)
+    index = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
+    return torch.where(reached, index, ranked.shape[-1]).amin(dim=-1)
 
 
 def sparse_paged_attention(

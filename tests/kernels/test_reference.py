@@ -220,6 +220,43 @@ def test_selection_takes_the_budget_and_its_forced_pages(case: PagedCase, budget
                 assert {0, pages - 1, pages - 2} & set(range(pages)) <= set(kept)
 
 
+@settings(max_examples=40, deadline=None)
+@given(cases, st.floats(0.05, 0.999), st.integers(0, 6), st.integers(3, 9))
+def test_top_p_takes_as_few_pages_as_hold_that_mass(case: PagedCase, wanted: float, floor: int, budget: int) -> None:
+    scores = score(case, group_reduction="mass", scale=0.2)
+    options = {"page_size": case.page_size, "max_page_budget": budget}
+    rows = (case.seq_lens, torch.full_like(case.seq_lens, budget))
+    whole = reference.select_pages(scores, *rows, **options)
+    top_p = torch.full((len(case.seq_lens),), wanted)
+    floors = torch.full_like(case.seq_lens, floor)
+    chosen = reference.select_pages(scores, *rows, top_p=top_p, page_floors=floors, **options)
+    for row, length in enumerate(case.seq_lens.tolist()):
+        pages = -(-length // case.page_size)
+        forced = {0, pages - 2, pages - 1} & set(range(pages))
+        for head in range(scores.shape[1]):
+            mass = scores[row, head].double().exp()
+            mass = mass / mass.sum() if pages else mass
+            taken = [page for page in chosen[row, head].tolist() if page >= 0]
+            ceiling = [page for page in whole[row, head].tolist() if page >= 0]
+            least = min(max(floor, len(forced)), len(ceiling))
+            assert forced <= set(taken) <= set(ceiling)
+            assert len(taken) >= least
+            if len(taken) < len(ceiling):
+                assert float(mass[taken].sum()) >= wanted - 1e-5
+            if len(taken) > least:  # without its last page it would fall short
+                weakest = min(set(taken) - forced, key=lambda page: float(mass[page]))
+                assert float(mass[taken].sum() - mass[weakest]) < wanted + 1e-5
+
+
+def test_top_p_of_one_or_of_nan_spends_the_budget() -> None:
+    scores = torch.tensor([0.0, -50.0, -60.0, -70.0, -80.0, -90.0]).log_softmax(-1).expand(3, 1, 6).clone()
+    scores[2, 0, 3] = float("nan")
+    lengths, budgets = torch.full((3,), 96, dtype=torch.int32), torch.full((3,), 5, dtype=torch.int32)
+    options = {"page_size": 16, "max_page_budget": 5, "recent_pages": 1}
+    chosen = reference.select_pages(scores, lengths, budgets, top_p=torch.tensor([0.5, 1.0, 0.5]), **options)
+    assert chosen[:, 0].tolist() == [[0, 5, -1, -1, -1], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+
+
 def test_update_ignores_padding_and_stale_summaries() -> None:
     case = make_case([40])
     views = case.views
