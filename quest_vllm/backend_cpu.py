@@ -80,6 +80,8 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         layers = compat.attention_layers(vllm_config, layer_names)
         sparse_layers = count_sparse_layers(layers, self.config)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
+        # built, or refused, at start-up and not by the first request
+        load_ops(self.config.implementation, "cpu", self.isa)
         self.group = LayerGroup(
             num_sparse_layers=sparse_layers,
             num_kv_heads=self.num_kv_heads,

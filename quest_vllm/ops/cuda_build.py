@@ -56,8 +56,8 @@ def find_nvcc() -> list[str]:
 def build(head_dim: int, warps: int = 8, progress: Progress | None = None) -> Path:
     """Return the library's path for ``head_dim`` and CTAs of ``warps``, after building it if it is not there yet.
 
-    Building takes about 20 seconds. Safe in concurrent processes. Raises :class:`KernelsUnavailable` for another head dimension, without a compiler, or
-    where compilation fails.
+    Building takes about 20 seconds. Safe in concurrent processes. Raises :class:`KernelsUnavailable` for another head
+    dimension, without a compiler, or where compilation fails.
     """
     if head_dim not in HEAD_DIMS:
         raise KernelsUnavailable(f"head_dim: expected one of {HEAD_DIMS}, got {head_dim}")
@@ -66,7 +66,7 @@ def build(head_dim: int, warps: int = 8, progress: Progress | None = None) -> Pa
 
     def make() -> None:
         report(
-            f"building the CUDA kernels for head_dim {head_dim}, {warps} warps, into {target.parent} (once, about 20 seconds)"
+            f"building the CUDA kernels (head_dim {head_dim}, {warps} warps) into {target.parent}: once, 20 seconds"
         )
         folder = build_tools.source_dir("cuda")
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

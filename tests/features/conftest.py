@@ -19,6 +19,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
     """An ``LLM`` with sparse decode in this process, shut down and taken apart at the end."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     defaults: dict[str, Any] = {
         "attention_backend": "CUSTOM",
@@ -43,6 +44,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
                 llm.llm_engine.engine_core.shutdown()
         finally:
             # also after a start that failed half-way: the next one needs a clean process
+            ensure_kv_transfer_shutdown()
             gc.collect()
             cleanup_dist_env_and_memory()
 
