@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quest_vllm.budget import ABSENT, XARG, BudgetLimits
+from quest_vllm.cli import main
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
 from quest_vllm.server.asgi import Refusal
@@ -292,3 +294,39 @@ def test_bad_flag_is_a_usage_error(words: str, message: str, capsys: pytest.Capt
 def test_bad_text_in_the_environment_is_refused(name: str, text: str) -> None:
     with pytest.raises(QuestConfigError, match=f"QUEST_{name}: expected"):
         load_config(None, {f"QUEST_{name}": text})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--quest-max-budget 1024", "token_budget: got 2048, but max_budget is 1024"),
+        ("--quest-alias fast=20", "aliases: fast: expected 0 (dense) or at least 48, got 20"),
+        ("--quest-alias fast", "QUEST_ALIASES: expected NAME=TOKENS"),
+        ('--additional_config={"quest":{"max_budgt":1}}', "did you mean 'max_budget'"),
+        ('--quest-max-budget 1024 --additional-config {"quest":{"token_budget":1025}}', "token_budget: got 1025"),
+    ],
+)
+def test_bad_configuration_ends_the_command_at_once(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m", *words.split()])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        '--quest-max-budget 1024 --additional-config {"quest":{"token_budget":512}}',
+        "--quest-max-budget 1024 --config file.yaml",
+        "--quest-max-budget 1024 --additional-config.quest.token_budget 512",
+        "--additional-config {",
+    ],
+)
+def test_configuration_that_may_be_good_is_left_to_the_server(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_on: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: handed_on.append(arguments))
+    assert main(["serve", "m", *words.split()]) == 0
+    _, command, environment = handed_on[0]
+    assert command[3:5] == ["serve", "m"] and not any("quest-" in word for word in command)
+    assert ("QUEST_MAX_BUDGET" in environment) == ("--quest-max-budget" in words)
