@@ -113,8 +113,8 @@ class Fuzzer:
             field = self.random.choice(self.fields[path])
             value = self.value()
             # long answers are not what is looked for here
-            small = isinstance(value, int) and not isinstance(value, bool) and value > 2 and LENGTHS.search(field)
-            request[field] = 2 if small else value
+            long = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 2)
+            request[field] = 2 if long and LENGTHS.search(field) else value
         return "POST", path, dump(request)
 
     def raw(self) -> tuple[str, str, bytes]:
