@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import quest_vllm
 from quest_vllm import check
-from quest_vllm.server.flags import parser, split_flags
+from quest_vllm.errors import QuestConfigError
+from quest_vllm.server.flags import check_configuration, parser, split_flags
 
 BACKEND_FLAG = "--attention-backend"
 MIDDLEWARE = ["--middleware", "quest_vllm.server.middleware.QuestMiddleware"]
@@ -78,12 +79,18 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
 
 def serve(arguments: Sequence[str]) -> int:
     """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
-    theirs, environment = split_flags(arguments)
+    theirs, flags = split_flags(arguments)
+    environment = {**os.environ, **flags}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(theirs)]
     if any(word in ("-h", "--help") for word in theirs):
         print(parser().format_help())
+    try:
+        check_configuration(theirs, environment)
+    except QuestConfigError as error:
+        print(f"quest-vllm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     sys.stdout.flush()
-    os.execve(sys.executable, command, {**os.environ, **environment})
+    os.execve(sys.executable, command, environment)
     return 0
 
 

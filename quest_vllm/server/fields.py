@@ -2,8 +2,9 @@
 
 Three ways to name a budget: ``"sparse_attention": {"token_budget": 1024}``, ``"vllm_xargs": {"quest_token_budget":
 1024}``, and a model name that ends in an alias. They may agree, they may not differ. The body is rewritten only where
-the object, an alias or a blurred value is in it: vLLM types ``vllm_xargs`` values as str, int, float or list, so its
-validation would turn ``false`` into 0 (dense!), ``true`` into 1, and answer ``null`` without naming the range.
+the object or an alias is in it. ``vllm_xargs`` is checked here too, although our logits processor does it again: vLLM
+types its values as str, int, float or list, so it would turn ``false`` into 0 (dense!), ``true`` into 1, and answer
+``null`` without naming the range; and some of its routes log a traceback for every value refused so late.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quest_vllm.budget import ABSENT, XARG, BudgetLimits, shown
 from quest_vllm.errors import QuestValueError
 from quest_vllm.server.asgi import Refusal
+from quest_vllm.server.guards import refuse_crashing
 
 OBJECT = "sparse_attention"
 XARGS = "vllm_xargs"
@@ -46,8 +48,8 @@ class SparseAttention(BaseModel):
 class Asked:
     """What was found in a request's body.
 
-    ``budget``: what is named, :data:`~quest_vllm.budget.ABSENT` if nothing is (a value in ``vllm_xargs`` is not checked
-    here but by vLLM, through our logits processor). ``model``: the aliased name to answer with, or None.
+    ``budget``: a legal budget in tokens, :data:`~quest_vllm.budget.ABSENT` if none is named. ``model``: the aliased
+    name to answer with, or None.
     ``one_sequence``: one prompt, one answer, one generation. ``countable``: whether several sequences can be told apart
     by the token ids of their choices.
     """
@@ -70,6 +72,7 @@ def read_request(body: bytes, limits: BudgetLimits, served: Collection[str] | No
         return body, Asked()
     if not isinstance(request, dict):
         return body, Asked()
+    refuse_crashing(body, request)
     asked, changed = _merge(request, limits, served)
     try:
         return (json.dumps(request).encode() if changed else body), asked
@@ -90,8 +93,7 @@ def _merge(request: dict[str, Any], limits: BudgetLimits, served: Collection[str
         named |= {f"{OBJECT}.{key}": value for key, value in given.items()}
     xargs = request.get(XARGS)
     if isinstance(xargs, dict) and XARG in xargs:
-        changed |= _keep_type(xargs)
-        named[f"{XARGS}.{XARG}"] = xargs[XARG]
+        named[f"{XARGS}.{XARG}"] = _checked(xargs[XARG], limits, f"{XARGS}.{XARG}")
     budget = _agreed(named)
     # any other vllm_xargs is for vLLM to refuse
     if budget is not ABSENT and (xargs is None or isinstance(xargs, dict)):
@@ -110,17 +112,21 @@ def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
             near = difflib.get_close_matches(key[:64], known, n=1, cutoff=0.0)[0]
             message = f"{OBJECT}: unknown key {shown(key)}; did you mean {near!r}? Known keys: {', '.join(known)}"
             raise Refusal(400, f"{OBJECT}.{key[:64]}", message)
-    field = f"{OBJECT}.token_budget"
+    if "token_budget" in value:
+        _checked(value["token_budget"], limits, f"{OBJECT}.token_budget")
     try:
-        if "token_budget" in value:
-            limits.parse(value["token_budget"], field)
         return SparseAttention.model_validate(value).model_dump(exclude_unset=True)
-    except QuestValueError as error:
-        raise Refusal(400, field, str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join([OBJECT, *map(str, first["loc"])])
         raise Refusal(400, field, f"{field}: {first['msg']}, got {shown(first['input'])}") from None
+
+
+def _checked(value: object, limits: BudgetLimits, field: str) -> int:
+    try:
+        return limits.parse(value, field)
+    except QuestValueError as error:
+        raise Refusal(400, field, str(error)) from None
 
 
 def _refuse_near_miss(request: dict[str, Any]) -> None:
@@ -129,18 +135,6 @@ def _refuse_near_miss(request: dict[str, Any]) -> None:
     fields = [key for key in itertools.islice(request, 200) if key != OBJECT]
     for key in difflib.get_close_matches(OBJECT, fields, n=1, cutoff=0.85):
         raise Refusal(400, key, f"unknown field {shown(key)}; did you mean {OBJECT!r}?")
-
-
-def _keep_type(xargs: dict[str, Any]) -> bool:
-    """Turn a bool, null or object into its JSON text, which no one takes for a budget; whether that was needed."""
-    value = xargs[XARG]
-    if isinstance(value, int | float | str | list) and not isinstance(value, bool):
-        return False
-    try:
-        xargs[XARG] = json.dumps(value)
-    except RecursionError:
-        xargs[XARG] = shown(value)
-    return True
 
 
 def _alias(model: object, limits: BudgetLimits, served: Collection[str] | None) -> tuple[str, int] | None:

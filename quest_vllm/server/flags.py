@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
-from quest_vllm.config import ENV_PREFIX
+from quest_vllm.config import ENV_PREFIX, load_config
 
 PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 PREFIXES = ("--quest-", "--no-quest-")
@@ -69,6 +70,27 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if value is not None:
             environment[ENV_PREFIX + key.upper()] = ",".join(value) if isinstance(value, list) else str(value)
     return theirs + (PAGE_MIDDLEWARE if values.page else []), environment
+
+
+def check_configuration(theirs: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Read the configuration as the server will: in a second here, after a minute and under a traceback there.
+
+    Raises :class:`~quest_vllm.errors.QuestConfigError`. Passes over what vLLM reads from a file or from dotted flags.
+    """
+    additional = None
+    words = [
+        word.replace("_", "-") if word.startswith("--") else word for word in (w.partition("=")[0] for w in theirs)
+    ]
+    if any(word == "--config" or word.startswith("--additional-config.") for word in words):
+        return
+    if "--additional-config" in words:
+        place = words.index("--additional-config")
+        _, equals, value = theirs[place].partition("=")
+        try:
+            additional = json.loads(value if equals else "".join(theirs[place + 1 : place + 2]))
+        except ValueError:  # vLLM says what is wrong with it
+            return
+    load_config(additional if isinstance(additional, dict) else None, environment)
 
 
 def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list[str]) -> tuple[list[str], list[str]]:

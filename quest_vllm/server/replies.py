@@ -137,7 +137,7 @@ class GenerationReply:
         usage, budget, asked = reply.get("usage"), self._request.token_budget, self._request.asked
         # Anthropic's messages have no "object", and their usage counts cached tokens apart
         totals = lengths_in(usage) if isinstance(usage, dict) and "object" in reply else None
-        if totals is None or budget is None or not steps_follow():
+        if totals is None or not steps_follow():
             return
         sequences = [totals] if asked.one_sequence else None
         if sequences is None and asked.countable:

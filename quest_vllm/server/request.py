@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from quest_vllm import compat
 from quest_vllm.budget import get_budget_limits
-from quest_vllm.errors import QuestValueError
 from quest_vllm.metrics import budget_class
 from quest_vllm.server.asgi import Message, Receive, Refusal, Scope, header
 from quest_vllm.server.fields import Asked, read_request
@@ -75,14 +74,11 @@ class GenerationRequest:
         return message
 
     @property
-    def token_budget(self) -> int | None:
-        """The budget in force, in tokens (0: dense); None for a bad one, whose request vLLM refuses."""
-        try:
-            return get_budget_limits().parse(self.asked.budget)
-        except QuestValueError:
-            return None
+    def token_budget(self) -> int:
+        """The budget in force, in tokens; 0: dense."""
+        return get_budget_limits().parse(self.asked.budget)
 
     @property
     def budget_class(self) -> str:
         """Label of the budget in latency metrics."""
-        return budget_class(self.token_budget or 0)
+        return budget_class(self.token_budget)

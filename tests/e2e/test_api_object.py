@@ -365,3 +365,14 @@ def test_langchain_and_litellm(api: Api) -> None:
         env=environment,
     )
     assert done.returncode == 0 and done.stdout.rstrip().endswith("ok"), done.stdout + done.stderr
+
+
+def test_hostile_requests(api: Api) -> None:
+    """A sample of what benchmarks/fuzz_api.py sends 10,000 of."""
+    script = ROOT_FOLDER / "benchmarks/fuzz_api.py"
+    command = [sys.executable, str(script), api.server.url, "--key", KEY, "--requests", "400", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    statuses = json.loads(done.stdout)["statuses"]
+    assert sum(counts.get("400", 0) for counts in statuses.values()) > 100
+    assert statuses["ours"]["200"] > 0

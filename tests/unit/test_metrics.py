@@ -275,7 +275,7 @@ def test_a_broken_off_answer_is_not_timed_to_its_end() -> None:
 
 
 def test_refused_and_foreign_requests_are_not_timed() -> None:
-    _serve(_body("-1"), _answer(400, b"application/json", [b"{}"]))
+    _serve(_body("512"), _answer(400, b"application/json", [b"{}"]))
     _serve(b'{"input": "x"}', _answer(200, b"application/json", [b"{}"]), path="/v1/embeddings")
     assert _counts() == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quest_vllm.budget import ABSENT, XARG, BudgetLimits
+from quest_vllm.cli import main
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
 from quest_vllm.server.asgi import Refusal
@@ -115,19 +117,32 @@ def test_alias_with_another_budget_is_refused() -> None:
     assert read({"model": "smol:fast", "sparse_attention": {"token_budget": 512}})[1].budget == 512
 
 
-@pytest.mark.parametrize("value", ["true", "false", "null", "{}"])
-def test_a_value_that_vllms_types_would_blur_stays_a_bad_value(value: str) -> None:
-    body, asked = read_request(b'{"vllm_xargs": {"%s": %s}}' % (XARG.encode(), value.encode()), LIMITS)
-    assert json.loads(body)["vllm_xargs"][XARG] == asked.budget == value
-    with pytest.raises(QuestValueError):
-        LIMITS.parse(asked.budget)
+@pytest.mark.parametrize("value", [True, False, None, {}, -1, "abc", 1.5, 512.0, [1], 10**12])
+def test_bad_xarg_names_field_range_and_value(value: Any) -> None:
+    refused = refusal({"vllm_xargs": {XARG: value}})
+    assert refused.param == f"vllm_xargs.{XARG}"
+    assert XARG in str(refused) and "48 to 8192" in str(refused) and repr(value) in str(refused)
 
 
-@pytest.mark.parametrize("value", ["512", "0", "-1", '"abc"', "1.5", "[1]", "1000000000000"])
-def test_other_xargs_pass_byte_for_byte(value: str) -> None:
+@pytest.mark.parametrize("value", ["512", "0", "8192"])
+def test_good_xarg_passes_byte_for_byte(value: str) -> None:
     body = b'{"prompt":  "x", "vllm_xargs": {"%s": %s}}' % (XARG.encode(), value.encode())
     handed_on, asked = read_request(body, LIMITS)
     assert handed_on is body and asked.budget == json.loads(value)
+
+
+@pytest.mark.parametrize("value", ["x", 3, [], [{}], True, 1e308])
+def test_what_vllm_would_answer_with_500_is_refused(value: Any) -> None:
+    refused = refusal({"prompt": "x", "structured_outputs": value})
+    assert refused.param == "structured_outputs" and repr(value) in str(refused)
+    refused = refusal({"prompt": ["x", {"stop": f"{value}\ud800"}]})
+    assert "\\ud800" in str(refused)
+
+
+@pytest.mark.parametrize("good", ["\U0001f600", "\\ud800", "\\\\ud800"])
+def test_whole_characters_pass(good: str) -> None:
+    body = json.dumps({"prompt": good, "structured_outputs": {"json": {}}}).encode()
+    assert read_request(body, LIMITS)[0] is body
 
 
 @settings(deadline=None)
@@ -176,9 +191,7 @@ def test_a_million_foreign_keys_do_not_hold_the_server_up() -> None:
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize(
-    "text", ['"\\ud800"', '"é中😀"', "1e400", "NaN", "12345678901234567890123", "-0.0", '"\\u0000"']
-)
+@pytest.mark.parametrize("text", ['"é中😀"', "1e400", "NaN", "12345678901234567890123", "-0.0", '"\\u0000"'])
 def test_other_values_survive_the_rewriting(text: str) -> None:
     body = f'{{"sparse_attention": {{"token_budget": 512}}, "other": [{text}]}}'.encode()
     handed_on = json.loads(read_request(body, LIMITS)[0])
@@ -292,3 +305,39 @@ def test_bad_flag_is_a_usage_error(words: str, message: str, capsys: pytest.Capt
 def test_bad_text_in_the_environment_is_refused(name: str, text: str) -> None:
     with pytest.raises(QuestConfigError, match=f"QUEST_{name}: expected"):
         load_config(None, {f"QUEST_{name}": text})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--quest-max-budget 1024", "token_budget: got 2048, but max_budget is 1024"),
+        ("--quest-alias fast=20", "aliases: fast: expected 0 (dense) or at least 48, got 20"),
+        ("--quest-alias fast", "QUEST_ALIASES: expected NAME=TOKENS"),
+        ('--additional_config={"quest":{"max_budgt":1}}', "did you mean 'max_budget'"),
+        ('--quest-max-budget 1024 --additional-config {"quest":{"token_budget":1025}}', "token_budget: got 1025"),
+    ],
+)
+def test_bad_configuration_ends_the_command_at_once(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m", *words.split()])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        '--quest-max-budget 1024 --additional-config {"quest":{"token_budget":512}}',
+        "--quest-max-budget 1024 --config file.yaml",
+        "--quest-max-budget 1024 --additional-config.quest.token_budget 512",
+        "--additional-config {",
+    ],
+)
+def test_configuration_that_may_be_good_is_left_to_the_server(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_on: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: handed_on.append(arguments))
+    assert main(["serve", "m", *words.split()]) == 0
+    _, command, environment = handed_on[0]
+    assert command[3:5] == ["serve", "m"] and not any("quest-" in word for word in command)
+    assert ("QUEST_MAX_BUDGET" in environment) == ("--quest-max-budget" in words)
