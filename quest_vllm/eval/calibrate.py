@@ -19,7 +19,7 @@ from quest_vllm import compat
 from quest_vllm.config import QuestConfig
 from quest_vllm.errors import QuestValueError
 from quest_vllm.eval.distributions import kl_by_record, new_record
-from quest_vllm.eval.engine_runner import request
+from quest_vllm.eval.engine_runner import read_contexts, request
 from quest_vllm.eval.plan import DECODE, DENSE, Unit
 from quest_vllm.eval.prompts import Item
 from quest_vllm.eval.stats import Estimate, bootstrap_mean
@@ -66,6 +66,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.layers = self.select([])
+        read_contexts(self.engine, self.windows)
         self._dense = self._read(DENSE, "dense")
 
     def select(self, layers: Sequence[int]) -> list[int]:
@@ -146,6 +147,8 @@ def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str
     half = len(task.windows) // 2
     with tempfile.TemporaryDirectory(prefix="quest-calibrate-") as folder:
         probe = Probe(engine, task.windows[:half], Path(folder))
+        rounding = bootstrap_mean([probe.kl(probe.layers, task.budget)]).mean
+        say(f"no layer sparse: KL {rounding:.5f} (rounding alone)")
         alone = {}
         for layer in probe.layers:
             alone[layer] = bootstrap_mean([probe.kl_alone(layer, task.budget)])
@@ -163,6 +166,7 @@ def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str
     return {
         "settings": {"dense_layers": list(chosen.dense_layers)},
         "evidence": {
+            "kl_of_rounding_alone": round(rounding, 5),
             "kl_of_each_layer_sparse_alone": {layer: round(alone[layer].mean, 5) for layer in probe.layers},
             "candidates_at_equal_bytes": [candidate.as_json() for candidate in affordable],
             "held_back": held_back,

@@ -189,23 +189,30 @@ class EngineRunner:
             self.store.add(unit, {"score": score(item, answer), "answer": answer, "seconds": seconds})
 
     def _read_text(self, units: Sequence[Unit]) -> None:
-        """One text at all budgets: dense is measured again where only a sparse budget is left to do."""
+        """One text at all budgets, each against one more dense run: dense's own KL is what rounding alone does."""
         item = self.library.of(units[0])
-        everything = list(units)
-        if units[0].budget != DENSE:
-            everything.insert(0, units[0]._replace(budget=DENSE))
+        everything = [units[0]._replace(budget=DENSE), *units]
         vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
         with tempfile.TemporaryDirectory(prefix="quest-eval-") as folder:
             records = [
-                new_record(Path(folder) / f"{unit.budget}.npy", len(item.question_ids), vocabulary)
-                for unit in everything
+                new_record(Path(folder) / f"{number}.npy", len(item.question_ids), vocabulary)
+                for number in range(len(everything))
             ]
             requests = [
                 request(item, unit, record, self.xargs) for unit, record in zip(everything, records, strict=True)
             ]
+            read_contexts(self.engine, [item])
             self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
-            for unit, record in zip(everything, records, strict=True):
+            for unit, record in zip(units, records[1:], strict=True):
                 self.store.add(unit, _distances(records[0], record, item.question_ids))
+
+
+def read_contexts(engine: Any, items: Sequence[Item]) -> None:
+    """Put the KV of contexts into the prefix cache, so that all runs to be compared start from the same numbers."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={XARG: DENSE})
+    engine.generate([{"prompt_token_ids": item.context_ids} for item in items], sampling, use_tqdm=False)
 
 
 def _distances(dense: Path, record: Path, forced: Sequence[int]) -> dict[str, Any]:
