@@ -22,8 +22,8 @@ from quest_vllm.budget import (
     set_budget_limits,
 )
 from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
-from quest_vllm.config import load_config
 from quest_vllm.page.trace import get_trace_table, trace_number
+from quest_vllm.runtime import config_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,7 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         """Called as ``(vllm_config, device, is_pin_memory)`` by V1 and ``(vllm_config, req_states)`` by V2."""
-        additional = getattr(vllm_config, "additional_config", None)
-        self._config = load_config(additional if isinstance(additional, dict) else None)
+        self._config = config_of(vllm_config)
         set_budget_limits(self._config, vllm_config.model_config.max_model_len)
         self._table = get_budget_table()
         self._traces = get_trace_table()

@@ -104,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from quest_vllm.eval.cli import main as evaluate
 
         return evaluate(arguments[1:])
+    if arguments[:1] == ["calibrate"]:
+        from quest_vllm.eval.calibrate_cli import main as calibrate
+
+        return calibrate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="quest-vllm", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="vllm serve with sparse decode on", add_help=False)
     commands.add_parser("eval", help="what a token budget costs in quality, on your model", add_help=False)
+    commands.add_parser("calibrate", help="which layers of your model must stay dense", add_help=False)
     check.add_arguments(commands.add_parser("check", help="what this machine can do, what is refused, what to expect"))
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":

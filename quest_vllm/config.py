@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quest_vllm.errors import QuestConfigError
+from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
@@ -92,17 +93,24 @@ class QuestConfig:
 
 
 def load_config(
-    additional_config: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    additional_config: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    model: str | None = None,
 ) -> QuestConfig:
-    """The server's defaults from all four sources.
+    """The server's defaults from all sources, of which a calibration of ``model`` is the weakest but one.
 
     ``additional_config`` is vLLM's ``--additional-config`` mapping, of which the key "quest" is read; ``environ`` is
     ``os.environ`` unless given. Raises :class:`QuestConfigError` naming the source and the key.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
+    calibrated = [find_settings(model, environ)] if model else []
+    yaml_layer = _yaml_layer(environ)
+    files = [yaml_layer, *calibrated]
+    if environ.get(ENV_CONFIG):  # a file that somebody named wins over one that was found
+        files.reverse()
     for source, layer in (
-        _yaml_layer(environ),
+        *files,
         ('--additional-config, "quest"', _additional_layer(additional_config)),
         ("environment", _environment_layer(environ)),
     ):
@@ -163,7 +171,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Mapping[str, Any]:
 
 def _check_variables(environ: Mapping[str, str]) -> None:
     """Refuse a near miss of one of our variables; other QUEST_ variables may be anyone's."""
-    known = [ENV_CONFIG, *(ENV_PREFIX + field.name.upper() for field in fields(QuestConfig))]
+    known = [ENV_CONFIG, ENV_MODELS_DIR, *(ENV_PREFIX + field.name.upper() for field in fields(QuestConfig))]
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)

@@ -51,12 +51,14 @@ def _task_help() -> str:
 
 def _numbers(low: int) -> Callable[[str], tuple[int, ...]]:
     def parse(text: str) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(_number(low)(part) for part in text.split(",")))
+        return tuple(dict.fromkeys(number(low)(part) for part in text.split(",")))
 
     return parse
 
 
-def _number(low: int) -> Callable[[str], int]:
+def number(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``low``."""
+
     def parse(text: str) -> int:
         if not text.strip().isdigit() or int(text) < low:
             raise argparse.ArgumentTypeError(f"expected whole numbers of at least {low}, got {text!r}")
@@ -68,7 +70,7 @@ def _number(low: int) -> Callable[[str], int]:
 def _budgets(text: str) -> tuple[int, ...]:
     """Dense first, then from large to small."""
     parts = [part.strip() for part in text.split(",")]
-    sparse = {_number(1)(part) for part in parts if part not in ("dense", "0")}
+    sparse = {number(1)(part) for part in parts if part not in ("dense", "0")}
     return (DENSE, *sorted(sparse, reverse=True))
 
 
@@ -83,7 +85,8 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -127,8 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N,...",
         help="exact prompt lengths in tokens; default %(default)s",
     )
-    add("--items", type=_number(2), default=20, metavar="N", help="per task and context; default %(default)s")
-    add("--seed", type=_number(0), default=0, metavar="S", help="same seed, same items; default %(default)s")
+    add("--items", type=number(2), default=20, metavar="N", help="per task and context; default %(default)s")
+    add("--seed", type=number(0), default=0, metavar="S", help="same seed, same items; default %(default)s")
     add("--output", type=Path, default=Path("quest-eval"), metavar="DIR", help="default %(default)s")
     add(
         "--question",
@@ -136,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODE,...",
         help=f"default: {DECODE},{PREFILL} in process, {PREFILL} for a URL",
     )
-    add("--concurrency", type=_number(1), default=8, metavar="N", help="requests at a time; default %(default)s")
+    add("--concurrency", type=number(1), default=8, metavar="N", help="requests at a time; default %(default)s")
     add("--chat-template", action="store_true", help="wrap prompts in the model's chat template")
     add(
         "--text",
@@ -146,11 +149,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--text-tokens",
-        type=_number(2),
+        type=number(2),
         default=64,
         metavar="N",
         help="tokens forced or generated on it; default %(default)s",
     )
+    add("--xargs", type=json_object, metavar="JSON", help="more vllm_xargs of every request, dense ones too")
     http = parser.add_argument_group("for a URL")
     http.add_argument("--model-name", metavar="NAME", help="default: the first that the server lists")
     http.add_argument("--tokenizer", metavar="MODEL", help="default: the folder or name that the server gives")
@@ -158,12 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--api-key", default=os.environ.get("OPENAI_API_KEY", "-"), metavar="KEY", help="default: $OPENAI_API_KEY"
     )
     http.add_argument(
-        "--timeout", type=_number(1), default=600, metavar="SECONDS", help="of one request; default %(default)s"
+        "--timeout", type=number(1), default=600, metavar="SECONDS", help="of one request; default %(default)s"
     )
     engine = parser.add_argument_group("in process")
     engine.add_argument(
         "--engine-args",
-        type=_json_object,
+        type=json_object,
         metavar="JSON",
         help="arguments of vllm.LLM, as '{\"tensor_parallel_size\": 2}'",
     )
@@ -198,6 +202,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         text=parsed.text,
         text_tokens=parsed.text_tokens,
         engine_args=parsed.engine_args,
+        xargs=parsed.xargs,
     )
 
 

@@ -7,8 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,56 +38,62 @@ def run_in_process(options: Options, source: TextSource | None) -> tuple[dict[st
     codec = load_codec(options.tokenizer or options.target, options.chat_template)
     library = Library(codec, options.plan, source, options.text_tokens)
     library.check()
-    session = open_session(options, options.target, source, _policy(config))
+    session = open_session(options, options.target, source, policy(config))
     left = session.left
     facts: dict[str, Any] = {"runner": "in process", "engine_args": _engine_args(options, library)}
     if left:
-        engine = _start(facts["engine_args"])
+        engine = start_engine(facts["engine_args"])
         try:
             with Progress(len(session.planned), len(session.planned) - len(left)) as progress:
-                runner = EngineRunner(engine, library, session.store)
+                runner = EngineRunner(engine, library, session.store, options.xargs or {})
                 for batch in batches(left, options.concurrency * len(options.plan.modes)):
                     runner.run(batch)
                     progress.advance(len(batch))
             facts |= _engine_facts(engine, config)
         finally:
-            _stop(engine)
+            stop_engine(engine)
         _check_sparse(left, facts)
     return facts, session
 
 
 def _config(options: Options) -> QuestConfig:
     """The server defaults in force. Raises :class:`QuestError` for those and for budgets below the smallest."""
-    config = load_config((options.engine_args or {}).get("additional_config"))
+    config = load_config((options.engine_args or {}).get("additional_config"), model=options.target)
     for budget in options.plan.budgets:
         if DENSE < budget < config.min_token_budget:
             raise QuestValueError(f"--budgets: expected dense or at least {config.min_token_budget}, got {budget}")
     return config
 
 
-def _policy(config: QuestConfig) -> dict[str, Any]:
-    """How pages are chosen: everything in the configuration but what each request or machine sets for itself."""
-    own = ("token_budget", "metrics_dir", "implementation")
+def policy(config: QuestConfig) -> dict[str, Any]:
+    """How pages are chosen: everything in the configuration but what a request, a machine or HTTP sets for itself."""
+    own = {"token_budget", "metrics_dir", "implementation"}
+    own |= {"min_budget", "max_budget", "allow_override", "aliases", "max_body_bytes"}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(config).items() if key not in own}
 
 
 def _engine_args(options: Options, library: Library) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``; the user's own win."""
-    longest = max(options.plan.contexts) + library.longest_answer()
+    longest = max(max(options.plan.contexts) + library.longest_answer(), *options.plan.budgets)
+    return engine_args(options.target, longest, options.concurrency, options.engine_args or {})
+
+
+def engine_args(model: str, max_model_len: int, max_num_seqs: int, own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; the user's ``own`` win."""
     return {
-        "model": options.target,
+        "model": model,
         "attention_backend": "CUSTOM",
         "logits_processors": ["quest_vllm.eval.forcing:ForcedTokens"],
-        "max_model_len": max(longest, *options.plan.budgets),
-        "max_num_seqs": options.concurrency,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
         "enable_prefix_caching": True,
         "disable_log_stats": False,
         "seed": 0,
-        **(options.engine_args or {}),
+        **own,
     }
 
 
-def _start(engine_args: dict[str, Any]) -> Any:
+def start_engine(arguments: dict[str, Any]) -> Any:
+    """A ``vllm.LLM`` in this process. Raises :class:`EvalUnavailable` with the reason where it does not start."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -103,14 +109,15 @@ def _start(engine_args: dict[str, Any]) -> Any:
     eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
     print("loading the model", file=sys.stderr)
     try:
-        return vllm.LLM(**eager | engine_args)
+        return vllm.LLM(**eager | arguments)
     except QuestError:
         raise
     except Exception as error:  # a missing model, too little memory, a bad argument: all are vLLM's to explain
-        raise EvalUnavailable(f"vLLM could not load {engine_args['model']!r}: {error}") from error
+        raise EvalUnavailable(f"vLLM could not load {arguments['model']!r}: {error}") from error
 
 
-def _stop(engine: Any) -> None:
+def stop_engine(engine: Any) -> None:
+    """Free what :func:`start_engine` took."""
     engine.llm_engine.engine_core.shutdown()
 
 
@@ -154,6 +161,7 @@ class EngineRunner:
     engine: Any
     library: Library
     store: ResultStore
+    xargs: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, batch: Sequence[Unit]) -> None:
         """Measure ``batch`` and keep the results."""
@@ -169,7 +177,7 @@ class EngineRunner:
         if not units:
             return
         ends = end_tokens(self.engine, self.library.codec.tokenizer)
-        requests = [request(self.library.of(unit), unit) for unit in units]
+        requests = [request(self.library.of(unit), unit, None, self.xargs) for unit in units]
         began = time.monotonic()
         outputs = self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
         seconds = round((time.monotonic() - began) / len(units), 3)
@@ -181,21 +189,30 @@ class EngineRunner:
             self.store.add(unit, {"score": score(item, answer), "answer": answer, "seconds": seconds})
 
     def _read_text(self, units: Sequence[Unit]) -> None:
-        """One text at all budgets: dense is measured again where only a sparse budget is left to do."""
+        """One text at all budgets, each against one more dense run: dense's own KL is what rounding alone does."""
         item = self.library.of(units[0])
-        everything = list(units)
-        if units[0].budget != DENSE:
-            everything.insert(0, units[0]._replace(budget=DENSE))
+        everything = [units[0]._replace(budget=DENSE), *units]
         vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
         with tempfile.TemporaryDirectory(prefix="quest-eval-") as folder:
             records = [
-                new_record(Path(folder) / f"{unit.budget}.npy", len(item.question_ids), vocabulary)
-                for unit in everything
+                new_record(Path(folder) / f"{number}.npy", len(item.question_ids), vocabulary)
+                for number in range(len(everything))
             ]
-            requests = [request(item, unit, record) for unit, record in zip(everything, records, strict=True)]
+            requests = [
+                request(item, unit, record, self.xargs) for unit, record in zip(everything, records, strict=True)
+            ]
+            read_contexts(self.engine, [item])
             self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
-            for unit, record in zip(everything, records, strict=True):
+            for unit, record in zip(units, records[1:], strict=True):
                 self.store.add(unit, _distances(records[0], record, item.question_ids))
+
+
+def read_contexts(engine: Any, items: Sequence[Item]) -> None:
+    """Put the KV of contexts into the prefix cache, so that all runs to be compared start from the same numbers."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={XARG: DENSE})
+    engine.generate([{"prompt_token_ids": item.context_ids} for item in items], sampling, use_tqdm=False)
 
 
 def _distances(dense: Path, record: Path, forced: Sequence[int]) -> dict[str, Any]:
@@ -205,14 +222,16 @@ def _distances(dense: Path, record: Path, forced: Sequence[int]) -> dict[str, An
         return {"error": str(problem)}
 
 
-def request(item: Item, unit: Unit, record: Path | None = None) -> tuple[dict[str, Any], Any]:
+def request(
+    item: Item, unit: Unit, record: Path | None = None, xargs: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Any]:
     """A prompt and greedy sampling parameters that measure ``unit``.
 
     In decode mode the prompt ends with the context, and the question is forced token by token.
     """
     from vllm import SamplingParams
 
-    extra: dict[str, Any] = {XARG: unit.budget}
+    extra: dict[str, Any] = {**(xargs or {}), XARG: unit.budget}
     forced = item.question_ids if unit.mode == DECODE else []
     ids = item.context_ids if unit.mode == DECODE else item.prompt_ids
     if forced:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quest_vllm.budget import XARG
@@ -24,8 +24,16 @@ ASK_THE_SERVER = "the server's own"
 class Endpoint:
     """One server and how to talk to it. Use as an async context manager."""
 
-    def __init__(self, url: str, api_key: str, timeout: float, model: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        timeout: float,
+        model: str | None = None,
+        xargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """``url`` with or without ``/v1``; ``model`` None takes the first that the server lists."""
+        self.xargs = dict(xargs or {})
         try:
             import httpx
         except ImportError:
@@ -73,7 +81,7 @@ class Endpoint:
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
-            "vllm_xargs": {XARG: budget},
+            "vllm_xargs": {**self.xargs, XARG: budget},
         }
         return await self._client.post(f"{self.url}/completions", json=body)
 
@@ -166,7 +174,8 @@ async def _run(options: Options, source: TextSource | None) -> tuple[dict[str, A
         raise QuestValueError(
             f"--question: expected {PREFILL} for a URL (decode needs a model in process), got {DECODE}"
         )
-    async with Endpoint(options.target, options.api_key, options.timeout, options.model_name) as endpoint:
+    server = Endpoint(options.target, options.api_key, options.timeout, options.model_name, options.xargs)
+    async with server as endpoint:
         await endpoint.describe()
         # the model's folder as the server names it, where that is on this machine; else the model's name
         codec = load_codec(options.tokenizer or endpoint.root or endpoint.model, options.chat_template)

@@ -61,7 +61,7 @@ def _report(options: Options, command: str, facts: dict[str, Any], session: Sess
         "benchmark": "eval",
         "command": command,
         "settings": _settings(options, session, facts),
-        "environment": _environment(),
+        "environment": environment(),
         "summary": summary,
         "items": records,
     }
@@ -106,7 +106,7 @@ def _commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 and listed.returncode == 0 else None
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions and machine."""
     versions = {}
     for name in ("quest-vllm", "vllm", "torch", "transformers"):
@@ -118,6 +118,6 @@ def _environment() -> dict[str, Any]:
         "commit": _commit(),
         "versions": versions,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
     }

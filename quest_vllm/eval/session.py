@@ -31,6 +31,7 @@ class Options:
     text: Path | None = None
     text_tokens: int = 64
     engine_args: dict[str, Any] | None = None
+    xargs: dict[str, Any] | None = None
 
     @property
     def is_url(self) -> bool:
@@ -70,6 +71,7 @@ def open_session(options: Options, model: str, source: TextSource | None, policy
         "text": f"{source.name} {source.sha256}" if source else None,
         "text_tokens": options.text_tokens,
         "policy": policy,
+        "xargs": options.xargs or {},
     }
     session = Session(ResultStore(options.output / RAW, identity), identity, planned(options.plan))
     done = len(session.planned) - len(session.left)

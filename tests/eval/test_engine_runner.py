@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,30 +20,7 @@ from quest_vllm.eval.library import Library
 from quest_vllm.eval.plan import EvalUnavailable, Plan, ResultStore, Unit
 from quest_vllm.eval.prompts import Codec, build_item
 from quest_vllm.eval.text import TEXT, load_text
-
-MAX_MODEL_LEN = 1024
-
-
-@pytest.fixture(scope="module")
-def llm(model_path: Path) -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        from vllm import LLM
-
-        engine = LLM(
-            model=str(model_path),
-            attention_backend="CUSTOM",
-            logits_processors=["quest_vllm.eval.forcing:ForcedTokens"],
-            enforce_eager=True,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=512,
-            max_num_seqs=4,
-            disable_log_stats=False,
-            seed=0,
-        )
-        yield engine
-        engine.llm_engine.engine_core.shutdown()
+from tests.eval.conftest import MAX_MODEL_LEN
 
 
 def sampling(forced: list[int], prompt: list[int], record: Path | None = None, **kwargs: Any) -> Any:
@@ -129,7 +105,7 @@ def read_text(llm: Any, codec: Codec, store: ResultStore, budgets: tuple[int, ..
 def test_kl_grows_as_the_budget_shrinks(llm: Any, codec: Codec, tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "items.jsonl", {})
     read = read_text(llm, codec, store, (0, MAX_MODEL_LEN, 384, 64))
-    assert read[0]["kl"] == 0.0 and read[0]["top1_agreement"] == 1.0
+    assert 0 <= read[0]["kl"] < 0.005  # two dense runs: rounding alone
     assert read[MAX_MODEL_LEN]["kl"] < 0.005  # covers the context: dense but for rounding
     assert read[MAX_MODEL_LEN]["kl"] < read[384]["kl"] < read[64]["kl"] < 5
     assert read[64]["top1_agreement"] < 1.0
@@ -142,21 +118,21 @@ def test_kl_grows_as_the_budget_shrinks(llm: Any, codec: Codec, tmp_path: Path) 
 def test_the_command_line_runs_in_process(
     llm: Any, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(engine_runner, "_start", lambda arguments: llm)
-    monkeypatch.setattr(engine_runner, "_stop", lambda engine: None)
-    arguments = ["eval", str(model_path), "--context", "640", "--items", "2", "--budgets", "dense,96"]
-    arguments += ["--tasks", "few_shot,text", "--text-tokens", "8", "--output", str(tmp_path)]
+    monkeypatch.setattr(engine_runner, "start_engine", lambda arguments: llm)
+    monkeypatch.setattr(engine_runner, "stop_engine", lambda engine: None)
+    arguments = ["eval", str(model_path), "--context", "512", "--items", "2", "--budgets", "dense,96"]
+    arguments += ["--tasks", "needle_single,text", "--text-tokens", "8", "--output", str(tmp_path)]
     assert main(arguments) == 0
     document = json.loads((tmp_path / "results.json").read_text())
     cells = {(c["task"], c["mode"], c["budget"]): c for c in document["summary"]["cells"]}
-    assert cells["few_shot", "prefill", 0]["score"]["mean"] == 1.0
-    assert cells["few_shot", "decode", 0]["score"]["mean"] == 1.0
-    assert cells["few_shot", "decode", 96]["score_change"]["mean"] <= 0
+    assert cells["needle_single", "prefill", 0]["score"]["mean"] == 1.0
+    assert cells["needle_single", "decode", 0]["score"]["mean"] == 1.0
+    assert cells["needle_single", "decode", 96]["score_change"]["mean"] <= 0
     assert cells["text", "decode", 96]["kl"]["mean"] > 0
     assert document["settings"]["rows"]["sparse, budget"] > 0
     assert document["settings"]["policy"]["dense_layers"] == [0, 1]
     assert document["settings"]["modes"] == ["decode", "prefill"]
-    monkeypatch.setattr(engine_runner, "_start", lambda arguments: pytest.fail("nothing was left to measure"))
+    monkeypatch.setattr(engine_runner, "start_engine", lambda arguments: pytest.fail("nothing was left to measure"))
     assert main(arguments) == 0
     assert "resuming: 12 of 12" in capsys.readouterr().err
 

@@ -216,3 +216,13 @@ def test_help_teaches(capsys: Any) -> None:
     assert ended.value.code == 0
     for part in ("exit codes:", "examples:", "arithmetic_chain", "items.jsonl", "question in decode"[:8]):
         assert part in shown
+
+
+def test_more_arguments_go_with_every_request(codec: Codec, model_path: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*QUICK, "--tasks", "few_shot"]
+    with fake_endpoint(always_right(codec), str(model_path)) as endpoint:
+        assert evaluate(endpoint, tmp_path, *arguments, "--xargs", '{"some_policy": "mass"}')[0] == 0
+        measured = [body["vllm_xargs"] for body in endpoint.bodies if body["vllm_xargs"]["quest_token_budget"] >= 0]
+        assert [xargs["some_policy"] for xargs in measured] == ["mass"] * 4
+        assert evaluate(endpoint, tmp_path, *arguments)[0] == 2  # other arguments, another run
+    assert "holds a run with xargs {'some_policy': 'mass'}" in capsys.readouterr().err

@@ -1,0 +1,200 @@
+"""Which layers should never select pages: measured, at equal bytes, and judged on text that had no part in the choice.
+
+1. Every layer alone is made sparse, all others dense: its KL to dense is what its selection loses.
+2. Candidates are the worst 0, 1, 2, ... layers kept dense. A dense layer reads the whole context, so the others get
+   a smaller budget: every candidate reads as many bytes as the plain budget in all layers does.
+3. The fewest dense layers win from which no further one improves the KL by more than its interval.
+4. The choice, no dense layer, and layers 0 and 1 (the original's) are measured again on held-back text.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quest_vllm import compat
+from quest_vllm.config import QuestConfig
+from quest_vllm.errors import QuestValueError
+from quest_vllm.eval.distributions import kl_by_record, new_record
+from quest_vllm.eval.engine_runner import read_contexts, request
+from quest_vllm.eval.plan import DECODE, DENSE, Unit
+from quest_vllm.eval.prompts import Item
+from quest_vllm.eval.stats import Estimate, bootstrap_mean
+from quest_vllm.eval.text import TEXT
+from quest_vllm.layers import has_window
+
+ORIGINAL = (0, 1)
+"""The dense layers of the original Quest."""
+
+
+def set_sparse_layers(worker: Any, layers: Sequence[int]) -> list[int]:
+    """Let ``layers`` alone select pages from the next step on; returns every layer that could (no sliding window).
+
+    For an eager engine: a captured graph keeps the layers of its capture. Run it by ``llm.collective_rpc``.
+    """
+    able = []
+    for name, layer in compat.cached_layers(worker).items():
+        index = compat.layer_index(name)
+        if not has_window(layer.impl):
+            able.append(index)
+            layer.impl._sparse_layer = index in layers
+    return sorted(able)
+
+
+def equal_bytes_budget(config: QuestConfig, budget: int, context: int, layers: int, dense: int) -> int:
+    """The budget of the other layers when ``dense`` of ``layers`` read all of ``context``, whole pages, at equal bytes.
+
+    Equal to ``budget`` in every layer, summaries (one vector pair a page) included. 0 or less: not affordable.
+    """
+    summaries = -(-context // config.page_size)
+    left = layers * (budget + summaries) - dense * context
+    affordable = left // (layers - dense) - summaries if layers > dense else 0
+    return affordable // config.page_size * config.page_size
+
+
+@dataclass
+class Probe:
+    """Measures KL to dense on fixed windows of text, for any set of sparse layers and any budget."""
+
+    engine: Any
+    windows: Sequence[Item]
+    folder: Path
+    layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = self.select([])
+        read_contexts(self.engine, self.windows)
+        self._dense = self._read(DENSE, "dense")
+
+    def select(self, layers: Sequence[int]) -> list[int]:
+        """Make ``layers`` alone sparse; returns all that could be."""
+        (able,) = {tuple(found) for found in self.engine.collective_rpc(set_sparse_layers, args=(list(layers),))}
+        return list(able)
+
+    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
+        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget``."""
+        self.select([layer for layer in self.layers if layer not in dense_layers])
+        sparse = self._read(budget, "sparse")
+        return [kl_by_record(dense, other) for dense, other in zip(self._dense, sparse, strict=True)]
+
+    def kl_alone(self, layer: int, budget: int) -> list[float]:
+        """KL to dense of each window with ``layer`` alone at ``budget``."""
+        return self.kl([other for other in self.layers if other != layer], budget)
+
+    def _read(self, budget: int, name: str) -> list[Path]:
+        """Force every window's text; returns the records."""
+        vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
+        records, requests = [], []
+        for item in self.windows:
+            path = self.folder / f"{name}-{item.index}.npy"
+            records.append(new_record(path, len(item.question_ids), vocabulary))
+            unit = Unit(TEXT, item.context, item.index, DECODE, budget)
+            requests.append(request(item, unit, path))
+        self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
+        return records
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Dense layers, the budget that the others get at equal bytes, and KL to dense by window."""
+
+    dense_layers: tuple[int, ...]
+    budget: int
+    kl: tuple[float, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the evidence."""
+        mean = bootstrap_mean([self.kl])
+        return {"dense_layers": list(self.dense_layers), "budget": self.budget, "kl": _shown(mean)}
+
+
+def _shown(estimate: Estimate) -> dict[str, float]:
+    return {
+        key: round(value, 5) for key, value in (("mean", estimate.mean), ("low", estimate.low), ("high", estimate.high))
+    }
+
+
+def difference(first: Candidate, second: Candidate) -> Estimate:
+    """KL of ``first`` less that of ``second`` on the same windows; below zero: the first is better."""
+    return bootstrap_mean([[a - b for a, b in zip(first.kl, second.kl, strict=True)]])
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """The first candidate, then each later one that beats the best so far by more than its interval."""
+    best = candidates[0]
+    for candidate in candidates[1:]:
+        if difference(candidate, best).high < 0:
+            best = candidate
+    return best
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to calibrate for. ``windows`` are split in two halves: to choose on, and held back."""
+
+    config: QuestConfig
+    budget: int
+    context: int
+    max_dense: int
+    windows: Sequence[Item]
+
+
+def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str, Any]:
+    """Measure and choose; returns ``settings`` and ``evidence``, plain data for YAML."""
+    half = len(task.windows) // 2
+    with tempfile.TemporaryDirectory(prefix="quest-calibrate-") as folder:
+        probe = Probe(engine, task.windows[:half], Path(folder))
+        rounding = bootstrap_mean([probe.kl(probe.layers, task.budget)]).mean
+        say(f"no layer sparse: KL {rounding:.5f} (rounding alone)")
+        alone = {}
+        for layer in probe.layers:
+            alone[layer] = bootstrap_mean([probe.kl_alone(layer, task.budget)])
+            say(f"layer {layer} sparse alone: KL {alone[layer].mean:.5f}")
+        ranked = sorted(probe.layers, key=lambda layer: -alone[layer].mean)
+        candidates = [measure(probe, task, ranked[:count]) for count in range(task.max_dense + 1)]
+        affordable = [candidate for candidate in candidates if candidate is not None]
+        if not affordable:
+            raise QuestValueError(f"--budget: expected at least {task.config.min_token_budget}, got {task.budget}")
+        for candidate in affordable:
+            say(f"dense layers {list(candidate.dense_layers)}: budget {candidate.budget}, KL {_mean(candidate):.5f}")
+        chosen = choose(affordable)
+    with tempfile.TemporaryDirectory(prefix="quest-calibrate-") as folder:
+        held_back = _held_back(Probe(engine, task.windows[half:], Path(folder)), task, chosen)
+    return {
+        "settings": {"dense_layers": list(chosen.dense_layers)},
+        "evidence": {
+            "kl_of_rounding_alone": round(rounding, 5),
+            "kl_of_each_layer_sparse_alone": {layer: round(alone[layer].mean, 5) for layer in probe.layers},
+            "candidates_at_equal_bytes": [candidate.as_json() for candidate in affordable],
+            "held_back": held_back,
+        },
+    }
+
+
+def measure(probe: Probe, task: Task, dense_layers: Sequence[int]) -> Candidate | None:
+    """A candidate, or None where its bytes leave the other layers less than the smallest budget."""
+    dense = tuple(sorted(set(dense_layers) & set(probe.layers)))
+    budget = equal_bytes_budget(task.config, task.budget, task.context, len(probe.layers), len(dense))
+    if budget < task.config.min_token_budget:
+        return None
+    return Candidate(dense, budget, tuple(probe.kl(dense, budget)))
+
+
+def _mean(candidate: Candidate) -> float:
+    return bootstrap_mean([candidate.kl]).mean
+
+
+def _held_back(probe: Probe, task: Task, chosen: Candidate) -> dict[str, Any]:
+    """The choice against no dense layer and against the original's, on text that did not choose."""
+    rivals: Mapping[str, Sequence[int]] = {"no_dense_layer": (), "original": ORIGINAL}
+    ours = measure(probe, task, chosen.dense_layers)
+    assert ours is not None  # the same bytes were affordable before
+    shown: dict[str, Any] = {"chosen": ours.as_json()}
+    for name, layers in rivals.items():
+        rival = measure(probe, task, layers)
+        if rival is not None:
+            shown[name] = {**rival.as_json(), "kl_of_chosen_less_this": _shown(difference(ours, rival))}
+    return shown
