@@ -65,9 +65,7 @@ def build(head_dim: int, warps: int = 8, progress: Progress | None = None) -> Pa
     target = library_path(head_dim, warps)
 
     def make() -> None:
-        report(
-            f"building the CUDA kernels (head_dim {head_dim}, {warps} warps) into {target.parent}: once, 20 seconds"
-        )
+        report(f"building the CUDA kernels (head_dim {head_dim}, {warps} warps) into {target.parent}: once, 20 seconds")
         folder = build_tools.source_dir("cuda")
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             linked = Path(scratch) / target.name
