@@ -1,6 +1,6 @@
 """Time per output token of a whole model on a GPU: this plugin against FLASH_ATTN, dummy weights, decode CUDA graphs.
 
-usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--output FILE.json]
+usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--cases N] [--output FILE.json]
 
 Each backend runs in a process of its own, on the same GPU, one after the other. A case's time per output token is the
 median duration of an engine step in which every row decodes; its time to first token is that of the first request of
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 # context, batch, budget
-CASES = ((256, 1, 2048), (32768, 1, 2048), (131072, 1, 4096), (32768, 8, 2048), (65536, 4, 2048))
+CASES = ((256, 1, 2048), (32768, 1, 2048), (32768, 8, 2048), (131072, 1, 4096), (65536, 4, 2048))
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,7 +98,7 @@ def child(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine = build_engine(arguments, folder, arguments.child).llm_engine
         run_case(engine, 4096, 1, 512 if sparse else None, 8)
-        for context, batch, budget in CASES:
+        for context, batch, budget in CASES[: arguments.cases]:
             if context > arguments.max_model_len:
                 continue
             repeats = 5 if context <= 4096 else 1  # a long prefill takes seconds, and varies little
@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=133120)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
     parser.add_argument("--child", choices=["CUSTOM", "FLASH_ATTN"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
     records = []
     for backend in ("FLASH_ATTN", "CUSTOM"):
         command = [sys.executable, __file__, "--child", backend, "--layers", str(arguments.layers)]
-        command += ["--max-model-len", str(arguments.max_model_len)]
+        command += ["--max-model-len", str(arguments.max_model_len), "--cases", str(arguments.cases)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout[-2000:] if done.returncode else "", flush=True)
         records += [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")]
