@@ -139,6 +139,13 @@ extern "C" __attribute__((visibility("default"))) int quest_write_kv(const quest
   const auto s = static_cast<cudaStream_t>(stream);
   return bfloat16 ? quest::launch_write<__nv_bfloat16>(*p, s) : quest::launch_write<__half>(*p, s);
 }
+
+// Loads the kernels, as quest_prepare does.
+extern "C" __attribute__((visibility("default"))) int quest_prepare_write() {
+  cudaFuncAttributes unused;
+  cudaError_t error = cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM>);
+  return error ? error : cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__half, QUEST_HEAD_DIM>);
+}
 #else
 }  // namespace quest
 #endif

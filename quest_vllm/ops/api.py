@@ -141,7 +141,7 @@ def _cuda(shape: LayerShape | None) -> Ops:
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
-        cuda.load(shape.head_dim)
+        cuda.prepare(shape.head_dim)
     return _from_module("cuda", cuda)
 
 

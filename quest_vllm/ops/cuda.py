@@ -45,6 +45,15 @@ def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
     return library
 
 
+def prepare(head_dim: int) -> None:
+    """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
+    library = load(head_dim)
+    for name in ("quest_prepare", "quest_prepare_write"):
+        error = getattr(library, name)()
+        if error:
+            raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
+
+
 def check_device() -> None:
     """Raise :class:`KernelsUnavailable` unless the current GPU is a Hopper."""
     if not torch.cuda.is_available():
