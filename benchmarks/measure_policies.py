@@ -101,6 +101,7 @@ def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
         original(ops, page_size),
         bound(ops, "max", 1.0, page_size=page_size),
         default(ops, page_size),
+        bound(ops, "mass", 0.25, page_size=page_size),
         bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
         *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
         Candidate("oracle", OraclePolicy(ops), page_size=page_size),

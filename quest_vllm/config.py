@@ -44,7 +44,7 @@ class QuestConfig:
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = (0, 1)
     group_reduction: str = "max"
-    bound_radius: float = 1.0
+    bound_radius: float = 0.5
     implementation: str = "auto"
     metrics_dir: str | None = None
     min_budget: int = 0
