@@ -82,6 +82,11 @@ def cpu_worker() -> ModuleType:
     return importlib.import_module("vllm.v1.worker.cpu_worker")
 
 
+def no_compilation() -> Any:
+    """The compilation mode of ``--enforce-eager``."""
+    return importlib.import_module("vllm.config").CompilationMode.NONE
+
+
 def stock_cpu_platform() -> str | None:
     """The CPU platform class that vLLM itself would choose, or None where vLLM is not a CPU build."""
     return importlib.import_module("vllm.platforms").cpu_platform_plugin()

@@ -92,11 +92,17 @@ def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
 def counts_rows(vllm_config: Any, layer_names: list[str], config: QuestConfig) -> bool:
     """Whether the builder of ``layer_names`` counts rows: of all groups and ranks, that of the first sparse layer.
 
-    A model with sliding windows has several KV cache groups, each with a builder, and more than one may be sparse.
+    A model with sliding windows has several KV cache groups, each with a builder, and more than one may be sparse. A
+    first pipeline stage may hold nothing but ``dense_layers``: the next one counts then.
     """
-    if vllm_config.parallel_config.rank != 0:
-        return False
+    parallel = vllm_config.parallel_config
+    stage, tensor_rank = divmod(parallel.rank, parallel.tensor_parallel_size)
     every = compat.attention_layers(vllm_config, None)
+    if tensor_rank != 0 or not every:
+        return False
+    before = range(min(map(compat.layer_index, every)))
+    if stage > 0 and not set(before) <= set(config.dense_layers):
+        return False
     first = next((name for name, layer in every.items() if is_sparse_layer(name, layer.impl, config)), None)
     return first in layer_names
 

@@ -21,6 +21,20 @@ def announce_once(message: str) -> None:
         logger.info("quest_vllm: %s", message)
 
 
+def refuse_eager_pipeline(vllm_config: Any) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for pipeline stages without torch.compile.
+
+    vLLM-CPU warms up only what it compiles, and its later stages get the buffers that they receive into from the
+    warm-up: on any backend the first request ends the engine with a bare AssertionError. Can go once it allocates them.
+    """
+    eager = vllm_config.compilation_config.mode == compat.no_compilation()
+    if eager and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise compat.UnsupportedVllm(
+            "vLLM-CPU cannot serve with pipeline parallelism and without torch.compile (--enforce-eager, LoRA): its "
+            "stages would fail at the first request; leave those out, or use --tensor-parallel-size"
+        )
+
+
 class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignore[misc]
     """The stock CPU platform plus one choice of backend, and of worker where that backend needs it."""
 
@@ -32,9 +46,11 @@ class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignor
         """
         super().check_and_update_config(vllm_config)
         backend = vllm_config.attention_config.backend
+        if backend is None or backend.name != "CUSTOM":
+            return
+        refuse_eager_pipeline(vllm_config)
         parallel = vllm_config.parallel_config
-        speculates = vllm_config.speculative_config is not None
-        if speculates and backend is not None and backend.name == "CUSTOM" and parallel.worker_cls == STOCK_WORKER:
+        if vllm_config.speculative_config is not None and parallel.worker_cls == STOCK_WORKER:
             parallel.worker_cls = CPU_WORKER
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +119,14 @@ def test_replicated_kv_heads_select_for_the_query_heads_of_their_rank(tmp_path: 
     one, two = run(model, **finer), run(model, **TWO_RANKS)
     assert_same(one, two)
     assert by_head(two.selections) == by_head(one.selections)
+
+
+@pytest.mark.skipif(not os.environ.get("QUEST_SLOW_TESTS"), reason="vLLM-CPU compiles first: set QUEST_SLOW_TESTS=1")
+@pytest.mark.timeout(1200)
+def test_pipeline_parallel(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "llama")  # the first stage's two layers are dense_layers: the second selects
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+    one, two = run(model), run(model, **stages)
+    assert_same(one, two)
+    assert two.selections[0] == []
+    assert by_head([two.selections[1]]) == by_head(one.selections)

@@ -37,6 +37,15 @@ def test_our_own_settings_that_cannot_work(model_path: Path, settings: dict[str,
         pass
 
 
+def test_pipeline_parallelism_without_compilation_is_refused(model_path: Path) -> None:
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with (
+        pytest.raises(UnsupportedVllm, match="pipeline parallelism and without torch.compile"),
+        engine(model_path, **stages),
+    ):
+        pass
+
+
 def test_async_scheduling_is_switched_off_by_vllm_and_sparse_decode_goes_on(model_path: Path) -> None:
     prompt: Any = {"prompt_token_ids": list(range(1000, 1300))}
     with engine(model_path, async_scheduling=True) as llm:
