@@ -140,7 +140,9 @@ def _check_sparse(units: Sequence[Unit], facts: dict[str, Any]) -> None:
     if any(DENSE < unit.budget < unit.context for unit in units) and not facts["rows_in_last_session"].get(
         "sparse, budget"
     ):
-        raise EvalUnavailable(f"no decode row took the sparse path; rows by path and reason: {facts['rows']}")
+        raise EvalUnavailable(
+            f"no decode row took the sparse path; rows by path and reason: {facts['rows_in_last_session']}"
+        )
 
 
 def batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
