@@ -132,13 +132,17 @@ def _engine_facts(engine: Any, config: QuestConfig) -> dict[str, Any]:
         for sample in metric.samples
         if sample.name == "quest_decode_rows_total"
     }
-    return {"preemptions": counters.get("vllm:num_preemptions"), "rows": rows}
+    return {"preemptions": counters.get("vllm:num_preemptions"), "rows_in_last_session": rows}
 
 
 def _check_sparse(units: Sequence[Unit], facts: dict[str, Any]) -> None:
     """A table of dense numbers under sparse headings must not be: the engine's own counters decide."""
-    if any(DENSE < unit.budget < unit.context for unit in units) and not facts["rows"].get("sparse, budget"):
-        raise EvalUnavailable(f"no decode row took the sparse path; rows by path and reason: {facts['rows']}")
+    if any(DENSE < unit.budget < unit.context for unit in units) and not facts["rows_in_last_session"].get(
+        "sparse, budget"
+    ):
+        raise EvalUnavailable(
+            f"no decode row took the sparse path; rows by path and reason: {facts['rows_in_last_session']}"
+        )
 
 
 def batches(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
@@ -189,7 +193,7 @@ class EngineRunner:
             self.store.add(unit, {"score": score(item, answer), "answer": answer, "seconds": seconds})
 
     def _read_text(self, units: Sequence[Unit]) -> None:
-        """One text at all budgets, each against one more dense run: dense's own KL is what rounding alone does."""
+        """One text at all budgets, each against one more dense run."""
         item = self.library.of(units[0])
         everything = [units[0]._replace(budget=DENSE), *units]
         vocabulary = self.engine.llm_engine.model_config.get_vocab_size()

@@ -26,8 +26,7 @@ def plot_run(document: Mapping[str, Any], path: Path) -> bool:
     settings, summary = document["settings"], document["summary"]
     budgets = [budget for budget in settings["budgets"] if budget != DENSE]
     modes = [mode for mode in (DECODE, PREFILL) if _changes(summary, mode)]
-    text = [cell for cell in summary["cells"] if cell["task"] == TEXT and "kl" in cell]
-    kl = [cell for cell in text if cell["budget"] != DENSE]
+    kl = [cell for cell in summary["cells"] if cell["task"] == TEXT and "kl" in cell and cell["budget"] != DENSE]
     count = len(modes) + bool(kl)
     if not count:
         return True
@@ -37,7 +36,7 @@ def plot_run(document: Mapping[str, Any], path: Path) -> bool:
         _draw_changes(axis, budgets, summary, mode)
     _share_limits(axes[: len(modes)])
     if kl:
-        _draw_kl(axes[-1], budgets, kl, [cell["kl"]["mean"] for cell in text if cell["budget"] == DENSE])
+        _draw_kl(axes[-1], budgets, kl)
     scored = len(
         [task for task in settings["tasks"] if any(c["task"] == task and "score" in c for c in summary["cells"])]
     )
@@ -109,9 +108,7 @@ def _draw_changes(axis: Any, budgets: Sequence[int], summary: Row, mode: str) ->
     axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 
-def _draw_kl(axis: Any, budgets: Sequence[int], cells: Sequence[Row], rounding: Sequence[float]) -> None:
-    if rounding:
-        axis.axhline(max(rounding), color=GREY, linewidth=1.2, linestyle=":", label="rounding alone (dense twice)")
+def _draw_kl(axis: Any, budgets: Sequence[int], cells: Sequence[Row]) -> None:
     contexts = sorted({cell["context"] for cell in cells})
     for number, context in enumerate(contexts):
         mine = [cell for cell in cells if cell["context"] == context]

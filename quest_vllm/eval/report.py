@@ -197,7 +197,7 @@ def _text_table(summary: Mapping[str, Any]) -> str:
         if cell["task"] == TEXT and "nll" in cell
     ]
     head = ["context", "budget", "NLL", "change from dense [95%]", "KL to dense [95%]", "same top token"]
-    title = "Running text, teacher-forced (nats a token); KL of dense: two dense runs, so rounding alone"
+    title = "Running text, teacher-forced (nats a token); dense's KL: a second dense run"
     return f"{title}\n{_columns([head, *rows])}" if rows else ""
 
 

@@ -105,7 +105,7 @@ def read_text(llm: Any, codec: Codec, store: ResultStore, budgets: tuple[int, ..
 def test_kl_grows_as_the_budget_shrinks(llm: Any, codec: Codec, tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "items.jsonl", {})
     read = read_text(llm, codec, store, (0, MAX_MODEL_LEN, 384, 64))
-    assert 0 <= read[0]["kl"] < 0.005  # two dense runs: rounding alone
+    assert 0 <= read[0]["kl"] < 0.005  # a second dense run
     assert read[MAX_MODEL_LEN]["kl"] < 0.005  # covers the context: dense but for rounding
     assert read[MAX_MODEL_LEN]["kl"] < read[384]["kl"] < read[64]["kl"] < 5
     assert read[64]["top1_agreement"] < 1.0
@@ -129,7 +129,7 @@ def test_the_command_line_runs_in_process(
     assert cells["needle_single", "decode", 0]["score"]["mean"] == 1.0
     assert cells["needle_single", "decode", 96]["score_change"]["mean"] <= 0
     assert cells["text", "decode", 96]["kl"]["mean"] > 0
-    assert document["settings"]["rows"]["sparse, budget"] > 0
+    assert document["settings"]["rows_in_last_session"]["sparse, budget"] > 0
     assert document["settings"]["policy"]["dense_layers"] == [0, 1]
     assert document["settings"]["modes"] == ["decode", "prefill"]
     monkeypatch.setattr(engine_runner, "start_engine", lambda arguments: pytest.fail("nothing was left to measure"))
@@ -140,9 +140,9 @@ def test_the_command_line_runs_in_process(
 def test_a_run_without_sparse_rows_is_refused() -> None:
     units = [Unit("few_shot", 1024, 0, "decode", 256)]
     with pytest.raises(EvalUnavailable, match="no decode row took the sparse path"):
-        engine_runner._check_sparse(units, {"rows": {"dense, unsupported": 90}})
-    engine_runner._check_sparse(units, {"rows": {"sparse, budget": 9}})
-    engine_runner._check_sparse([Unit("few_shot", 1024, 0, "decode", 2048)], {"rows": {}})
+        engine_runner._check_sparse(units, {"rows_in_last_session": {"dense, unsupported": 90}})
+    engine_runner._check_sparse(units, {"rows_in_last_session": {"sparse, budget": 9}})
+    engine_runner._check_sparse([Unit("few_shot", 1024, 0, "decode", 2048)], {"rows_in_last_session": {}})
 
 
 def test_a_budget_below_the_smallest_is_bad_usage(model_path: Path, tmp_path: Path, capsys: Any) -> None:
@@ -213,3 +213,27 @@ def test_bad_server_defaults_are_bad_usage(
     monkeypatch.setenv("QUEST_PAGE_SIZE", "7")
     assert main(["eval", str(model_path), "--output", str(tmp_path)]) == 2
     assert "page_size: expected one of" in capsys.readouterr().err
+
+
+def test_questions_are_prefilled_before_any_is_decoded(codec: Codec, tmp_path: Path) -> None:
+    """Prefix caching: blocks of a sparsely decoded question must not be there when a prompt holds that question."""
+    plan = Plan(("few_shot",), (512,), 2, ("decode", "prefill"), (0, 64), seed=0)
+    library = Library(codec, plan, None, text_tokens=8)
+    calls: list[list[list[int]]] = []
+
+    def generate(prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+        calls.append([prompt["prompt_token_ids"] for prompt in prompts])
+        answer = [*codec.encode(" red"), codec.tokenizer.eos_token_id, *codec.encode(" rubbish")]
+        forced = [sampling.extra_args.get(FORCED, []) for sampling in params]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[*tokens, *answer])]) for tokens in forced]
+
+    model_config = SimpleNamespace(try_get_generation_config=lambda: {"eos_token_id": [1, 2]})
+    engine = SimpleNamespace(generate=generate, llm_engine=SimpleNamespace(model_config=model_config))
+    store = ResultStore(tmp_path / "items.jsonl", {})
+    units = list(plan.units())
+    EngineRunner(engine, library, store).run(units)
+    items = [library.item("few_shot", 512, index) for index in range(2)]
+    assert calls[0] == [item.prompt_ids for item in items for _ in range(2)]
+    assert calls[1] == [item.context_ids for item in items for _ in range(2)]
+    # what was forced, the end of the answer and what follows it are no part of the answer
+    assert {record["answer"] for record in store.records(units)} == {" red"}
