@@ -1,4 +1,4 @@
-# make serve | test | lint | docs | docs-generate | bench-cpu | test-gpu | bench-gpu | clean
+# make serve | test | lint | docs | docs-generate | bench-cpu | test-gpu | sanitize-gpu | bench-gpu | clean
 PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
@@ -11,7 +11,7 @@ SERVE_FLAGS := --host $(HOST) --port $(PORT) --served-model-name $(MODEL_NAME) -
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: run serve test lint docs docs-generate types env model kernels test-gpu bench-cpu bench-gpu clean
+.PHONY: run serve test lint docs docs-generate types env model kernels test-gpu sanitize-gpu bench-cpu bench-gpu clean
 
 env: $(VENV)/.ready
 
@@ -75,8 +75,14 @@ bench-cpu: env kernels model
 test-gpu:
 	$(PYTHON) -m pytest -q tests/kernels
 
+sanitize-gpu:
+	for tool in memcheck racecheck initcheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -x tests/kernels/test_cuda_ops.py \
+	-k "scores or attention or fused or chunks" || exit 1; done
+
 bench-gpu:
-	$(PYTHON) benchmarks/bench_gpu_ops.py --output benchmarks/results/gpu/ops.json
+	$(PYTHON) benchmarks/bench_gpu_ops.py --output benchmarks/results/gpu/$$(date +%F)-chain.json
+	$(PYTHON) benchmarks/bench_gpu_engine.py --output benchmarks/results/gpu/$$(date +%F)-engine.json
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

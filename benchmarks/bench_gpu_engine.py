@@ -112,8 +112,12 @@ def describe() -> dict[str, Any]:
     """GPU, versions and command of this run."""
     import torch
 
+    from quest_vllm.config import load_config
+    from quest_vllm.ops.api import load_ops
+
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
+        "implementation": load_ops(load_config(None).implementation, "cuda").name,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "vllm": __import__("vllm").__version__,

@@ -140,6 +140,7 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[st
         "budget": budget,
         "fa3": fa3,
         "cuda": fused,
+        "cuda_16_warps": time_replays(lambda: layer.quest(cuda, budgets, warps=16)),
         "cuda_served_policy": time_replays(lambda: layer.quest(cuda, budgets, **served)),
         "triton": time_replays(lambda: layer.quest(triton, budgets)),
         "limit": bytes_moved / bandwidth,

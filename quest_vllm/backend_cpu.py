@@ -25,7 +25,7 @@ from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
-from quest_vllm.page_layout import PageViews, split_chunks
+from quest_vllm.page_layout import BoundViews, PageViews
 
 _cpu = compat.cpu_attention()
 
@@ -161,8 +161,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         refuse_layer_features(self.alibi_slopes, self.sinks)
         self.config: QuestConfig = start_up(compat.current_vllm_config())
         self._ops: Ops | None = None
-        self._views: PageViews | None = None
-        self._cache_pointer = 0
+        self._views = BoundViews(self.head_size, self.config.page_size)
         self._sparse_layer: bool | None = None
 
     def _layer_ops(self, layer: Any) -> Ops:
@@ -170,18 +169,11 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             self._ops = load_ops(self.config.implementation, "cpu", layer.isa)
         return self._ops
 
-    def _page_views(self, kv_cache: torch.Tensor) -> PageViews:
-        # the cache is bound once; views are kept as long as it stays where it is
-        if self._views is None or self._cache_pointer != kv_cache.data_ptr():
-            self._views = split_chunks(kv_cache, self.head_size, self.config.page_size)
-            self._cache_pointer = kv_cache.data_ptr()
-        return self._views
-
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
-        views = self._page_views(kv_cache)
+        views = self._views.of(kv_cache)
         compat.custom_ops().cpu_attn_reshape_and_cache(
             key, value, views.keys, views.values, slot_mapping, layer.isa, kv_cache_dtype=self.kv_cache_dtype
         )
@@ -209,7 +201,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             raise NotImplementedError("quest_vllm: fused output quantization is not supported on CPU")
         if attn_metadata is None:  # warm-up
             return output
-        views = self._page_views(kv_cache)
+        views = self._views.of(kv_cache)
         if self._sparse_layer is None:
             self._sparse_layer = is_sparse_layer(layer.layer_name, self, self.config)
         if attn_metadata.sparse is None or not self._sparse_layer:

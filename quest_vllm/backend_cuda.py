@@ -24,7 +24,7 @@ from quest_vllm.config import QuestConfig
 from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
-from quest_vllm.page_layout import PageViews, split_chunks
+from quest_vllm.page_layout import BoundViews, PageViews
 
 _flash = compat.flash_attention()
 _backend = compat.attention_backend()
@@ -191,8 +191,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         vllm_config: Any = compat.current_vllm_config()
         self.config: QuestConfig = start_up(vllm_config)
         self._ops: Ops = load_ops(self.config.implementation, "cuda", shape=self._shape(vllm_config))
-        self._views: PageViews | None = None
-        self._cache_pointer = 0
+        self._views = BoundViews(self.head_size, self.config.page_size)
         self._sparse_layer: bool | None = None
 
     def _shape(self, vllm_config: Any) -> LayerShape:
@@ -205,18 +204,11 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             dtype=vllm_config.model_config.dtype,
         )
 
-    def _page_views(self, kv_cache: torch.Tensor) -> PageViews:
-        # the cache is bound once; views are kept as long as it stays where it is
-        if self._views is None or self._cache_pointer != kv_cache.data_ptr():
-            self._views = split_chunks(kv_cache, self.head_size, self.config.page_size)
-            self._cache_pointer = kv_cache.data_ptr()
-        return self._views
-
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
-        views, page_size = self._page_views(kv_cache), self.config.page_size
+        views, page_size = self._views.of(kv_cache), self.config.page_size
         has_summaries = self.sliding_window == (-1, -1)
         if has_summaries and self._ops.write_kv is not None:
             caches = (views.keys, views.values, views.summaries)
@@ -252,7 +244,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             raise NotImplementedError("quest_vllm: fused output quantization is not supported")
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
-        views = self._page_views(kv_cache)
+        views = self._views.of(kv_cache)
         if self._sparse_layer is None:
             self._sparse_layer = is_sparse_layer(layer.layer_name, self, self.config)
         count, sparse = attn_metadata.num_actual_tokens, attn_metadata.sparse

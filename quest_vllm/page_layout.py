@@ -65,3 +65,19 @@ def split_chunks(kv_cache: torch.Tensor, head_dim: int, page_size: int) -> PageV
         start + 2 * half,
     )
     return PageViews(rows(0), rows(half), summaries)
+
+
+class BoundViews:
+    """One layer's :func:`split_chunks`, kept as long as its cache stays where vLLM bound it."""
+
+    def __init__(self, head_dim: int, page_size: int) -> None:
+        self._sizes = (head_dim, page_size)
+        self._pointer = 0
+        self._views: PageViews | None = None
+
+    def of(self, kv_cache: torch.Tensor) -> PageViews:
+        """Views into ``kv_cache``; raises as :func:`split_chunks` does."""
+        if self._views is None or self._pointer != kv_cache.data_ptr():
+            self._views = split_chunks(kv_cache, *self._sizes)
+            self._pointer = kv_cache.data_ptr()
+        return self._views

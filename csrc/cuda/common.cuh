@@ -24,8 +24,13 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
 // Waits for the kernel before, when this one was launched early; else costs nothing.
+#ifdef QUEST_ON_HOST
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+#else
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+#endif
 
 template <typename T>
 struct Half;

@@ -128,9 +128,26 @@ cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
+template <typename T, int kHeadTiles>
+cudaError_t prepare() {
+  cudaFuncAttributes unused;
+  return cudaFuncGetAttributes(&unused, quest_decode_kernel<T, QUEST_HEAD_DIM, kHeadTiles>);
+}
+
 }  // namespace quest
 
-// Both return a cudaError_t; `bfloat16` tells the two 16-bit types apart.
+// Loads the kernels now: a first use while a CUDA graph is captured is too late for that. Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int quest_prepare() {
+  cudaError_t error = quest::prepare<__nv_bfloat16, 1>();
+  if (error == cudaSuccess) error = quest::prepare<__half, 1>();
+#if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8
+  if (error == cudaSuccess) error = quest::prepare<__nv_bfloat16, 2>();
+  if (error == cudaSuccess) error = quest::prepare<__half, 2>();
+#endif
+  return error;
+}
+
+// Returns a cudaError_t; `bfloat16` tells the two 16-bit types apart.
 extern "C" __attribute__((visibility("default"))) int quest_decode(const quest::DecodeParams* p, int bfloat16, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   return bfloat16 ? quest::launch_rows<__nv_bfloat16>(*p, s) : quest::launch_rows<__half>(*p, s);

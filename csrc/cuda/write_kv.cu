@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
   if (find_page_rows(p, token, slot, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
 }
 
+#ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_write_on_host.py
 template <typename T>
 cudaError_t launch_write(const WriteParams& p, cudaStream_t stream) {
   const int64_t units = static_cast<int64_t>(p.num_tokens) * p.num_kv_heads;
@@ -138,3 +139,13 @@ extern "C" __attribute__((visibility("default"))) int quest_write_kv(const quest
   const auto s = static_cast<cudaStream_t>(stream);
   return bfloat16 ? quest::launch_write<__nv_bfloat16>(*p, s) : quest::launch_write<__half>(*p, s);
 }
+
+// Loads the kernels, as quest_prepare does.
+extern "C" __attribute__((visibility("default"))) int quest_prepare_write() {
+  cudaFuncAttributes unused;
+  cudaError_t error = cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM>);
+  return error ? error : cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__half, QUEST_HEAD_DIM>);
+}
+#else
+}  // namespace quest
+#endif

@@ -136,13 +136,12 @@ def _triton() -> Ops:
 
 
 def _cuda(shape: LayerShape | None) -> Ops:
-    from quest_vllm.ops import cuda, cuda_build
+    from quest_vllm.ops import cuda
 
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
-        for warps in cuda_build.variants(shape.head_dim):
-            cuda.load(shape.head_dim, warps)
+        cuda.prepare(shape.head_dim)
     return _from_module("cuda", cuda)
 
 

@@ -45,6 +45,15 @@ def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
     return library
 
 
+def prepare(head_dim: int) -> None:
+    """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
+    library = load(head_dim)
+    for name in ("quest_prepare", "quest_prepare_write"):
+        error = getattr(library, name)()
+        if error:
+            raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
+
+
 def check_device() -> None:
     """Raise :class:`KernelsUnavailable` unless the current GPU is a Hopper."""
     if not torch.cuda.is_available():
@@ -107,13 +116,12 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, planes: int, query: torch.Tensor) -> None:
-    """Launch with as many warps as the grid leaves room for, and scores where they fit."""
+def _launch_decode(params: DecodeParams, shape: _Shape, planes: int, query: torch.Tensor, warps: int = 8) -> None:
+    """Launch with the scores where they fit."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
     # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
     scratch = _size_scores(params, shape, planes, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
-    many = alone and shape.head_dim <= 128 and shape.rows <= 8
-    _launch("quest_decode", shape.head_dim, params, query.dtype, 16 if many else 8)
+    _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
     del scratch
 
 
@@ -224,6 +232,7 @@ def quest_decode(
     selected: torch.Tensor | None = None,
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
+    warps: int = 8,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
@@ -231,6 +240,7 @@ def quest_decode(
     all of it. Returns ``out`` (made when None), the query's shape and dtype. ``selected`` (``[num_reqs,
     num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded;
     ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
+    ``warps`` of a CTA: 8, or 16 for one CTA an SM (head_dim up to 128, at most 8 query heads a selection).
     """
     params, shape = _common(
         query,
@@ -256,7 +266,7 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query)
+    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query, warps)
     return out
 
 
@@ -346,11 +356,12 @@ def sparse_paged_attention(
     return out
 
 
-def _write_params(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, page_size: int
+def summary_params(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
 ) -> WriteParams:
-    _check_index(slot_mapping, "slot_mapping", torch.int64)
+    """Parameters of a launch that refreshes summaries and stores nothing."""
     check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
+    _check_index(slot_mapping, "slot_mapping", torch.int64)
     params = WriteParams(
         slot_mapping=slot_mapping.data_ptr(),
         num_tokens=slot_mapping.shape[0],
@@ -359,6 +370,28 @@ def _write_params(
         block_shift=key_cache.shape[2].bit_length() - 1,
     )
     _set_summaries(params, summaries, key_cache.dtype)
+    _set_caches(params, key_cache, key_cache, key_cache.dtype)
+    return params
+
+
+def write_params(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+) -> WriteParams:
+    """Parameters of :func:`write_kv`."""
+    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size)
+    _set_caches(params, key_cache, value_cache, key.dtype)
+    _check_rows(key, "key", key.dtype)
+    _check_rows(value, "value", key.dtype)
+    params.key, params.value = key.data_ptr(), value.data_ptr()
+    params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
+    params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
     return params
 
 
@@ -369,8 +402,7 @@ def update_page_summaries(
 
     The tokens of one page must lie within ``page_size`` positions of one another in ``slot_mapping``.
     """
-    params = _write_params(key_cache, summaries, slot_mapping, page_size)
-    _set_caches(params, key_cache, key_cache, key_cache.dtype)
+    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size)
     _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 
 
@@ -389,11 +421,5 @@ def write_kv(
     Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
     :func:`update_page_summaries`.
     """
-    params = _write_params(key_cache, summaries, slot_mapping, page_size)
-    _set_caches(params, key_cache, value_cache, key.dtype)
-    _check_rows(key, "key", key.dtype)
-    _check_rows(value, "value", key.dtype)
-    params.key, params.value = key.data_ptr(), value.data_ptr()
-    params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
-    params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+    params = write_params(key, value, key_cache, value_cache, summaries, slot_mapping, page_size=page_size)
     _launch("quest_write_kv", key_cache.shape[3], params, key.dtype)

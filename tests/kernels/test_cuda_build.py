@@ -33,7 +33,8 @@ def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, tmp_path
 def test_library_loads_and_parameters_have_the_same_size(nvcc: list[str], tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("QUEST_VLLM_CACHE", str(tmp_path))
     cuda.load.cache_clear()
-    cuda.load(64)  # raises where the sizes differ
+    library = cuda.load(64)  # raises where the sizes differ
+    assert all(hasattr(library, name) for name in ("quest_prepare", "quest_prepare_write"))
     assert cuda_build.library_path(64).is_file()
 
 

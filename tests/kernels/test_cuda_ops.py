@@ -199,6 +199,22 @@ def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], reduction: str, 
         assert not out[0].any()  # a row without tokens
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_sixteen_warps_choose_the_same_pages(shape: tuple[int, ...], reduction: str, cluster: int | None) -> None:
+    case = build(shape=shape)
+    outputs, lists = [], []
+    for warps in (8, 16):
+        heads = case.query.shape[1] if reduction == "per_query_head" else shape[0]
+        selected = torch.full((6, heads, case.block_table.shape[1] * shape[4] // shape[3]), -1, device=DEVICE).int()
+        options = {"group_reduction": reduction, "cluster_size": cluster, "warps": warps, "selected": selected}
+        outputs.append(run(case, BUDGETS, **options))
+        lists.append(selected)
+    assert torch.equal(*lists)
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+
+
 def test_a_budget_that_covers_the_context_is_dense() -> None:
     case = build()
 

@@ -1,0 +1,78 @@
+"""csrc/cuda/write_kv.cu run on a CPU, a warp at a time: what it stores, without a GPU.
+
+Warps run one after the other, forwards and backwards: none may rely on what another of the same launch has stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from quest_vllm.ops import build_tools, cuda, cuda_build
+from quest_vllm.ops.build_tools import KernelsUnavailable
+from tests.kernels.paged import make_case
+
+HOST = Path(__file__).with_name("cuda_on_host")
+
+
+@pytest.fixture(scope="module", params=cuda_build.HEAD_DIMS)
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The kernel for one head dimension, as a host function."""
+    try:
+        headers = Path(shutil.which(cuda_build.find_nvcc()[0]) or "").resolve().parent.parent / "include"
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+    if not (headers / "cuda_bf16.h").is_file():
+        headers = Path("/usr/local/cuda/include")
+    target = tmp_path_factory.mktemp("host") / "write_kv.so"
+    folders = [f"-I{folder}" for folder in (headers, build_tools.source_dir("cuda"), HOST)]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-DQUEST_HEAD_DIM={request.param}"]
+    command = ["g++", *flags, *folders, str(HOST / "write_kv.cpp"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, ctypes.CDLL(str(target)).write_kv_on_host
+
+
+@pytest.mark.parametrize("backwards", [0, 1])
+@pytest.mark.parametrize("page_size,block_size", [(16, 64), (64, 128)])
+@pytest.mark.parametrize("chunk", [1, 150])
+def test_keys_values_and_summaries(kernel, page_size: int, block_size: int, chunk: int, backwards: int) -> None:
+    head_dim, write = kernel
+    case = make_case(
+        [37, 90, 5, 64],
+        group=1,
+        head_dim=head_dim,
+        block_size=block_size,
+        page_size=page_size,
+        dtype=torch.bfloat16,
+    )
+    views, slots = case.views, case.slots()
+    keys = views.keys[slots // block_size, :, slots % block_size]
+    values = views.values[slots // block_size, :, slots % block_size]
+    into = [torch.full_like(cache, float("nan")) for cache in (views.keys, views.values, views.summaries)]
+    for first in range(0, len(slots), chunk):
+        part = slice(first, first + chunk)
+        padded = torch.cat([slots[part], slots.new_full((2,), -1)])
+        rows = [torch.cat([rows[part], rows.new_zeros(2, *rows.shape[1:])]) for rows in (keys, values)]
+        params = cuda.write_params(*rows, *into, padded, page_size=page_size)
+        write(ctypes.byref(params), backwards)
+    written = views.summaries.isfinite()
+    assert torch.equal(into[2][written], views.summaries[written])
+    assert torch.equal(into[0][slots // block_size, :, slots % block_size], keys)
+    assert torch.equal(into[1][slots // block_size, :, slots % block_size], values)
+
+
+def test_summaries_alone_read_the_cache(kernel) -> None:
+    head_dim, write = kernel
+    case = make_case([37, 90], group=1, head_dim=head_dim, block_size=32, page_size=16, dtype=torch.bfloat16)
+    want, slots = case.views.summaries.clone(), case.slots()  # parameters hold pointers, not tensors
+    case.views.summaries.fill_(7)
+    params = cuda.summary_params(case.views.keys, case.views.summaries, slots, page_size=16)
+    write(ctypes.byref(params), 0)
+    written = want.isfinite()
+    assert torch.equal(case.views.summaries[written], want[written])
