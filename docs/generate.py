@@ -23,6 +23,7 @@ import render_results  # noqa: E402
 
 from quest_vllm import config as configuration  # noqa: E402
 from quest_vllm import metrics  # noqa: E402
+from quest_vllm.server import flags  # noqa: E402
 
 DOCS = ROOT / "docs"
 # a wide table: the table of contents makes room for it
@@ -71,8 +72,8 @@ def metrics_page() -> str:
             "# Metrics and alerts",
             "",
             "`/metrics` holds these beside vLLM's own. A metric shows as zero before its first value. Latencies need",
-            "`quest-vllm serve`, or `--middleware quest_vllm.metrics_http.QuestMiddleware`. Workers on another host",
-            "are not seen. Budget classes are those of the budget that a request asked for, `dense` being 0.",
+            "`quest-vllm serve`, or `--middleware quest_vllm.server.middleware.QuestMiddleware`. Workers on another",
+            "host are not seen. Budget classes are those of the budget that a request asked for, `dense` being 0.",
             "",
             "| metric | type | labels | meaning |",
             "|---|---|---|---|",
@@ -113,6 +114,13 @@ def legal_values(key: str) -> str:
     raise AssertionError(f"{key}: the check takes anything")
 
 
+def flag_rows() -> list[str]:
+    """One line a flag of ours."""
+    actions = [action for action in flags.parser()._actions if action.help]
+    named = [(" ".join(filter(None, (action.option_strings[0], action.metavar))), action) for action in actions]
+    return [f"| `{flag}` | `{action.dest}` | {cell(str(action.help))} |" for flag, action in named]
+
+
 def configuration_page() -> str:
     """docs/reference/configuration.md"""
     comments = yaml_comments()
@@ -143,8 +151,13 @@ def configuration_page() -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            "`quest-vllm serve` has shorthands: `--quest-audit N` for `audit_steps`, `--quest-page` for `page` and its",
-            "routes. Every other flag goes to `vllm serve` as it is.",
+            "## Flags of `quest-vllm serve`",
+            "",
+            "Each stands for a key above. Every other flag goes to `vllm serve` as it is.",
+            "",
+            "| flag | key | meaning |",
+            "|---|---|---|",
+            *flag_rows(),
             "",
         ]
     )

@@ -111,7 +111,7 @@ def test_trace_number_counts_only_where_the_page_is_on(page_on: None, monkeypatc
 def test_page_key_is_a_bool_in_every_source() -> None:
     assert load_config(None, {"QUEST_PAGE": "true"}).page and not load_config(None, {"QUEST_PAGE": "0"}).page
     for bad in ("yes", "2"):
-        with pytest.raises(QuestConfigError, match="page: expected true or false"):
+        with pytest.raises(QuestConfigError, match=r"(?i)page: expected true or false"):
             load_config(None, {"QUEST_PAGE": bad})
     with pytest.raises(QuestConfigError, match="page: expected true or false"):
         load_config({"quest": {"page": 1}}, {})
