@@ -430,6 +430,18 @@ def test_a_row_depends_on_nothing_but_itself(device: torch.device) -> None:
     assert torch.equal(chain(rows_of(case, [3, 1, 0, 2]), [20, 4, 6, 3]), together[[3, 1, 0, 2]])
 
 
+def test_one_call_is_the_chain(device: torch.device) -> None:
+    case = build(device, [300, 17, 0, 180], dtype=torch.bfloat16)
+    budgets = [6, 4, 3, 20]
+    caches = (case.views.keys, case.views.values, case.views.summaries)
+    rows = (case.block_table, case.seq_lens, torch.tensor(budgets, dtype=torch.int32, device=device))
+    out = torch.full_like(case.query, float("nan"))
+    scoring = {"group_reduction": "mass", "bound_radius": 0.25}  # those of `chain`
+    got = ops.quest_decode(case.query, *caches, *rows, page_size=case.page_size, scale=64**-0.5, out=out, **scoring)
+    assert got is out
+    assert torch.equal(out, chain(case, budgets))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_poison_stays_in_its_row(device: torch.device, poison: float) -> None:
     case = build(device, [100, 100, 50])
