@@ -83,9 +83,10 @@ ROWS = (
     ),
     Row("Preemption", WORKS, "", ("tests/engine/test_engine.py::test_summaries_survive_mixed_load",)),
     Row(
-        "Speculative decoding (n-gram)",
+        "Speculative decoding (n-gram, draft model)",
         WORKS,
-        "Rows with drafts to verify are dense and counted as such. With a --worker-cls of one's own: refused.",
+        "Rows with drafts to verify are dense and counted as such; a draft model's own layers stay on vLLM's backend. "
+        "With a --worker-cls of one's own: refused.",
         (f"{_F}/test_speculation.py",),
     ),
     Row(

@@ -5,8 +5,9 @@ in the worker which request has which batch slot. One class serves both model ru
 every step in which the batch changed (also for an all-greedy batch: argmax-invariant processors are skipped in
 sampling, not in bookkeeping) before the attention metadata is built; V2 calls ``add_request``.
 
-Limits: V1 drops entry-point processors under speculative decoding; V2 with pipeline parallelism calls them on the
-last rank only. Rows without a recorded budget run dense.
+Limits: V1 drops entry-point processors under speculative decoding (:mod:`quest_vllm.worker_cpu` puts this one back);
+V2 with pipeline parallelism calls them on the last rank only. What remains is refused at start-up
+(:func:`quest_vllm.layers.refuse_engine_features`). Rows without a recorded budget run dense.
 """
 
 from __future__ import annotations

@@ -116,6 +116,11 @@ def _start_up_checks(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         worker = CPU_WORKER if device == "cpu" else "auto"
         engine = _engine(is_v2, speculates=True, worker_cls=worker)
         yield f"speculative decoding, model runner {runner}", partial(layers.refuse_engine_features, engine)
+    if device == "cpu":
+        from quest_vllm.platform_cpu import refuse_eager_pipeline
+
+        engine = _engine(False, pipeline_parallel_size=2)
+        yield "pipeline parallelism with --enforce-eager", partial(refuse_eager_pipeline, engine)
     block = 32 if device == "cpu" else 16
     for size in PAGE_SIZES:
         yield f"page size {size} with blocks of {block} tokens", partial(layers.refuse_block_size, block, size)
@@ -126,6 +131,7 @@ def _engine(v2: bool, speculates: bool = False, pipeline_parallel_size: int = 1,
     return SimpleNamespace(
         use_v2_model_runner=v2,
         speculative_config=SimpleNamespace() if speculates else None,
+        compilation_config=SimpleNamespace(mode=compat.no_compilation()),
         parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline_parallel_size, worker_cls=worker_cls),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,6 @@ def matrix() -> ModuleType:
     spec = importlib.util.spec_from_file_location("support_matrix", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["support_matrix"] = module
     spec.loader.exec_module(module)
     return module
