@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quest_vllm.cli import main
+from quest_vllm.config import load_config
 from quest_vllm.eval import engine_runner
 from quest_vllm.eval.distributions import compare, mean_nll, new_record
 from quest_vllm.eval.engine_runner import EngineRunner, batches, request
@@ -130,7 +131,7 @@ def test_the_command_line_runs_in_process(
     assert cells["needle_single", "decode", 96]["score_change"]["mean"] <= 0
     assert cells["text", "decode", 96]["kl"]["mean"] > 0
     assert document["settings"]["rows_in_last_session"]["sparse, budget"] > 0
-    assert document["settings"]["policy"]["dense_layers"] == [0, 1]
+    assert document["settings"]["policy"]["dense_layers"] == list(load_config(model=str(model_path)).dense_layers)
     assert document["settings"]["modes"] == ["decode", "prefill"]
     monkeypatch.setattr(engine_runner, "start_engine", lambda arguments: pytest.fail("nothing was left to measure"))
     assert main(arguments) == 0
