@@ -8,7 +8,8 @@ and its answer) are decoded under teacher forcing through the same operations th
 of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding would give. Intervals are 95%
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
-Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle).
+Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
+split (several small boxes a page).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from policy_texts import Question, Text, needles, texts
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.policies import BoundPolicy, OraclePolicy, PagePolicy, TwoStagePolicy
+from quest_vllm.policies import BoundPolicy, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
@@ -108,10 +109,22 @@ def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     ]
 
 
+def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """Several boxes a page; two in FP8 take the default's bytes."""
+    grid = ((2, 0.5, "max"), (2, 0.25, "max"), (2, 0.5, "mass"), (4, 0.5, "max"), (4, 0.5, "mass"))
+    split = [
+        Candidate(f"{n} boxes, {how} radius {a:g}", SplitBoxPolicy(ops, n, a, how), page_size=page_size)
+        for n, a, how in grid
+    ]
+    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
+    return [original(ops, page_size), default(ops, page_size), *split, oracle]
+
+
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "radius": radius_sweep,
     "forced": forced_sweep,
     "selectors": selector_sweep,
+    "split": split_sweep,
 }
 
 

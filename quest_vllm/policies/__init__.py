@@ -9,6 +9,7 @@ from __future__ import annotations
 from quest_vllm.policies.base import DecodeStep, PagePolicy
 from quest_vllm.policies.bound import BoundPolicy
 from quest_vllm.policies.oracle import OraclePolicy
+from quest_vllm.policies.split_boxes import SplitBoxPolicy
 from quest_vllm.policies.two_stage import TwoStagePolicy
 
-__all__ = ["BoundPolicy", "DecodeStep", "OraclePolicy", "PagePolicy", "TwoStagePolicy"]
+__all__ = ["BoundPolicy", "DecodeStep", "OraclePolicy", "PagePolicy", "SplitBoxPolicy", "TwoStagePolicy"]

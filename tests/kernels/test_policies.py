@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quest_vllm.ops import reference
 from quest_vllm.ops.api import load_ops
-from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, TwoStagePolicy
+from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, SplitBoxPolicy, TwoStagePolicy
 from tests.kernels.paged import PagedCase, make_case
 
 OPS = load_ops("torch", "cpu")
@@ -136,3 +136,27 @@ def test_bytes_read_are_those_of_the_byte_model() -> None:
 def test_a_shortlist_below_the_budget_is_refused(shortlist: float) -> None:
     with pytest.raises(ValueError, match=f"shortlist: expected 1 or more times the budget, got {shortlist}"):
         TwoStagePolicy(BoundPolicy(OPS), shortlist)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases, st.sampled_from([0.0, 0.5, 1.0]))
+def test_one_box_is_the_bound(case: PagedCase, radius: float) -> None:
+    step = step_of(case, 3)
+    split = SplitBoxPolicy(OPS, 1, radius, dtype=torch.float32).scores(step)
+    torch.testing.assert_close(split, BoundPolicy(OPS, "max", radius).scores(step) * step.scale, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases)
+def test_boxes_of_one_token_are_the_oracle(case: PagedCase) -> None:
+    """A box of one key is that key, whatever the radius: the estimate is then the mass itself."""
+    step = step_of(case, 3, **FREE)
+    split = SplitBoxPolicy(OPS, case.page_size, 0.5, "mass", torch.float32).choose(step)
+    oracle = OraclePolicy(OPS).choose(step)
+    torch.testing.assert_close(chosen_mass(case, split), chosen_mass(case, oracle), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings_,message", [({"parts": 3}, "parts.*16.*3"), ({"group_reduction": "mean"}, "mean")])
+def test_split_boxes_refuse(settings_: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SplitBoxPolicy(OPS, **settings_).scores(step_of(make_case([40], head_dim=16), 2))
