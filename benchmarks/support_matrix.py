@@ -167,11 +167,11 @@ ROWS = (
 )
 
 
-def measure(files: Sequence[str]) -> None:
-    """Run the tests that rows name, file by file (all, or only ``files``), and merge their outcomes into RESULTS."""
+def measure(only: Sequence[str]) -> None:
+    """Run the tests that rows name, file by file, and merge their outcomes into RESULTS; all, or files or ids."""
     wanted = list(dict.fromkeys(test for row in ROWS for test in row.tests))
-    for path in files or dict.fromkeys(test.partition("::")[0] for test in wanted):
-        chosen = [test for test in wanted if test.partition("::")[0] == path]
+    for part in only or dict.fromkeys(test.partition("::")[0] for test in wanted):
+        chosen = [test for test in wanted if test == part or test.startswith(f"{part}::")]
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "junit.xml"
             command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
@@ -179,7 +179,7 @@ def measure(files: Sequence[str]) -> None:
             subprocess.run([*command, *chosen], cwd=ROOT, check=False, env=environment)
             outcomes = dict(_outcomes(report))
         before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
-        kept = {test: result for test, result in before.items() if not test.startswith(f"{path}::")}
+        kept = {test: result for test, result in before.items() if any(_is_part(test, name) for name in wanted)}
         tests = dict(sorted({**kept, **outcomes}.items()))
         RESULTS.write_text(json.dumps({**_environment(), "tests": tests}, indent=1) + "\n")
 
@@ -284,7 +284,7 @@ def _test_table(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs="*", metavar="TEST_FILE", help="run the tests first: all, or these files")
+    parser.add_argument("--measure", nargs="*", metavar="TEST", help="run the tests first: all, or these files or ids")
     arguments = parser.parse_args()
     if arguments.measure is not None:
         measure(arguments.measure)

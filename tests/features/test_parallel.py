@@ -76,7 +76,7 @@ def run(model: Path, **settings: Any) -> Run:
         reports = llm.collective_rpc(audit_summaries)
         selections = llm.collective_rpc(recorded_selections)
     for report in reports:
-        assert report.live_pages_checked > 0 and not report.errors, report.errors[:3]
+        assert report.pages_checked > 0 and not report.errors, report.errors[:3]
     return Run([logprobs(output) for output in outputs], rows, selections)
 
 
