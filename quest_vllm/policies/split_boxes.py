@@ -20,8 +20,8 @@ class SplitBoxPolicy:
     """``parts`` boxes a page, each over ``page_size / parts`` neighbouring tokens, kept as ``dtype``.
 
     A page's score for a query head is the log-sum-exp (times the attention scale) of its boxes' ``q.mid +
-    bound_radius * |q|.rad``; heads of a group are joined as "max" or "mass". Two boxes in float8_e4m3fn take the bytes of one in 16
-    bits. Raises ValueError for another reduction, or parts that do not divide the page.
+    bound_radius * |q|.rad``; heads of a group are joined as "max" or "mass". Two boxes in float8_e4m3fn take the bytes
+    of one in 16 bits. Raises ValueError for another reduction, or parts that do not divide the page.
     """
 
     ops: Ops
