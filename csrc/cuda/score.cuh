@@ -18,10 +18,15 @@ struct Mass {
   __device__ __forceinline__ static Mass none() { return Mass{-INFINITY, 0.f, INFINITY}; }
   __device__ __forceinline__ void join(float other_top, float other_sum, float other_least) {
     const float next = fmaxf(top, other_top);
-    sum = (sum > 0.f ? sum * exp2_fast(top - next) : 0.f) + (other_sum > 0.f ? other_sum * exp2_fast(other_top - next) : 0.f);
+    sum = sum * weight(top, next) + other_sum * weight(other_top, next);
     top = next;
     least = fminf(least, other_least);
   }
+  // One for the greatest itself, which may be infinite; nothing for an empty set.
+  __device__ __forceinline__ static float weight(float part, float greatest) {
+    return part == greatest ? 1.f : exp2_fast(part - greatest);
+  }
+  __device__ __forceinline__ float log2_sum() const { return top == -INFINITY ? 0.f : top + log2_fast(sum); }
   __device__ __forceinline__ void join(const float4& other) { join(other.x, other.y, other.z); }
 };
 
@@ -134,7 +139,7 @@ class PageScorer {
           if (used && valid) {
             const float log2_weight = p_.scale * kLog2e * value;
             buffer_[(tile * 8 + n) * plane_stride_ + page + c - row_.begin] = log2_weight;
-            mass_[tile].join(log2_weight, 1.f, log2_weight);
+            if (log2_weight == log2_weight) mass_[tile].join(log2_weight, 1.f, log2_weight);  // NaN: its own page's only
           }
         } else if (used) {
           score[c] = p_.reduction == kMean ? score[c] + value : nan_max(score[c], value);
@@ -198,9 +203,9 @@ class PageScorer {
       if (head < p_.rows) {
 #pragma unroll 1
         for (int c = 0; c < row_.size; ++c) mass.join(shared.mass_inbox[c][head]);
-        shared.log_sum[head] = mass.top + log2_fast(mass.sum);
+        shared.log_sum[head] = mass.log2_sum();
       }
-      const float log_sum = mass.top + log2_fast(mass.sum);
+      const float log_sum = mass.log2_sum();
       // a page weighs at least what its heads' least bounds weigh, and at most what their greatest do
       float low = head < p_.rows ? mass.least - log_sum : -INFINITY;
       float high = head < p_.rows ? exp2_fast(mass.top - log_sum) : 0.f;
@@ -219,11 +224,12 @@ class PageScorer {
       for (int head = 0; head < p_.rows; ++head) {
         top = fmaxf(top, buffer_[head * plane_stride_ + page] - shared.log_sum[head]);
       }
+      const float shift = top == -INFINITY ? 0.f : top;
 #pragma unroll 1
       for (int head = 0; head < p_.rows; ++head) {
-        sum += exp2_fast(buffer_[head * plane_stride_ + page] - shared.log_sum[head] - top);
+        sum += exp2_fast(buffer_[head * plane_stride_ + page] - shared.log_sum[head] - shift);
       }
-      buffer_[page] = top + log2_fast(sum);
+      buffer_[page] = shift + log2_fast(sum);
     }
     const float2 range = shared.warp_range[0];
     __syncthreads();
