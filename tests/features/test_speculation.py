@@ -13,7 +13,6 @@ import pytest
 from quest_vllm import layers
 from quest_vllm.compat import UnsupportedVllm
 from tests.features.conftest import audit, counted_rows, engine, params
-from tests.features.tiny_models import MAX_MODEL_LEN, write_model
 
 pytestmark = pytest.mark.engine
 
@@ -62,18 +61,6 @@ def test_summaries_are_right_after_rejected_drafts(llm: Any) -> None:
     drafted, accepted = (metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert drafted > accepted > 0
     audit(llm, 30)
-
-
-def test_draft_model_keeps_to_vllms_own_backend(tmp_path: Path) -> None:
-    model = write_model(tmp_path, "llama")
-    speculation = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
-    tiny = {"skip_tokenizer_init": True, "max_model_len": MAX_MODEL_LEN, "num_gpu_blocks_override": 400}
-    prompt: Any = {"prompt_token_ids": list(range(3, 503))}
-    with engine(model, speculative_config=speculation, **tiny) as llm:
-        with counted_rows() as rows:
-            llm.generate([prompt], params(128, 10, detokenize=False), use_tqdm=False)
-        audit(llm, 4)  # the target's layers; the draft's keep no summaries
-    assert rows["dense/speculative"] > 0 and "dense/no_budget" not in rows, rows
 
 
 @pytest.mark.parametrize("worker", ["mine.Worker", "auto"])
