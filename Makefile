@@ -51,8 +51,9 @@ run:
 	@$(BIN)/python docker/announce.py $(PORT) $(MODEL_NAME) & \
 	exec $(BIN)/quest-vllm serve $(MODEL) $(SERVE_FLAGS) $(ARGS)
 
+# several servers and engines share the cores: threads that wait must not spin
 test: env kernels model
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

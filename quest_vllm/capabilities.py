@@ -49,6 +49,16 @@ class QuestCapabilities:
         return False
 
     @classmethod
+    def supports_rswa(cls) -> bool:
+        """Its mask is not in the sparse softmax."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Adaptive verification: rows are sorted into sparse and dense by the host's query lengths."""
+        return False
+
+    @classmethod
     def supports_batch_invariance(cls) -> bool:
         """Dense rows use stock kernels, which promise nothing here."""
         return False
