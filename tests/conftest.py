@@ -17,3 +17,11 @@ def model_path() -> Path:
     if not (path / "config.json").exists():
         pytest.fail(f"no model at {path}: run `make model` first")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Speculation goes last: n-gram look-up imports numba, and vLLM 0.32 then starts no other engine in the process.
+
+    Its scan of all modules for Triton kernels ends in "'_lib_fn_wrapper' object has no attribute 'get'" (llvmlite's).
+    """
+    items.sort(key=lambda item: item.path.name == "test_speculation.py")

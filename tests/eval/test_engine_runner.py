@@ -109,7 +109,7 @@ def test_kl_grows_as_the_budget_shrinks(llm: Any, codec: Codec, tmp_path: Path) 
     assert 0 <= read[0]["kl"] < 0.005  # a second dense run
     assert read[MAX_MODEL_LEN]["kl"] < 0.005  # covers the context: dense but for rounding
     assert read[MAX_MODEL_LEN]["kl"] < read[384]["kl"] < read[64]["kl"] < 5
-    assert read[64]["top1_agreement"] < 1.0
+    assert read[64]["top1_agreement"] <= read[0]["top1_agreement"] == 1.0
     assert 0 < read[0]["nll"] < 8
     again = read_text(llm, codec, store, (0, 64, 128))  # dense is measured anew for a budget that came later
     assert read[384]["kl"] < again[128]["kl"] < 1.3 * read[64]["kl"]

@@ -40,8 +40,8 @@ def test_save_restart_load(model_path: Path, tmp_path: Path) -> None:
     assert [output.num_cached_tokens for output in loaded] == [416, 320]
     assert rows["sparse/budget"] == 2 * (STEPS - 1)
     for before, after in zip(saved, loaded, strict=True):
-        # the prompt's last tokens are computed in another batch shape
-        assert largest_difference(logprobs(before), logprobs(after)) <= 0.2
+        # the prompt's last tokens are computed in another batch shape: a page at the budget's edge may change places
+        assert largest_difference(logprobs(before), logprobs(after)) <= 0.5
 
 
 @pytest.mark.parametrize(
