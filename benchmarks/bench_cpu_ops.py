@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit, cpu_model
 
 from quest_vllm.ops import cpu
 
@@ -233,26 +233,17 @@ def bench_prefill(shape: Shape, prompt: int, repeats: int) -> dict[str, Any]:
     return {"prompt": prompt, "update_share": share, "steps": {k: microseconds(v) for k, v in seconds.items()}}
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def environment() -> dict[str, Any]:
     import vllm
 
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": [sys.executable.rsplit("/", 1)[-1], *sys.argv],
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": cpu.isa(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "vllm": vllm.__version__},
-        "commit": commit,
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

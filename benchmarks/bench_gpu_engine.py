@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 # context, batch, budget
 CASES = ((256, 1, 2048), (32768, 1, 2048), (32768, 8, 2048), (131072, 1, 4096), (65536, 4, 2048))
 
@@ -115,7 +117,6 @@ def describe() -> dict[str, Any]:
     from quest_vllm.config import load_config
     from quest_vllm.ops.api import load_ops
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "implementation": load_ops(load_config(None).implementation, "cuda").name,
         "gpu": torch.cuda.get_device_name(),
@@ -123,7 +124,7 @@ def describe() -> dict[str, Any]:
         "vllm": __import__("vllm").__version__,
         "python": platform.python_version(),
         "command": " ".join(sys.argv),
-        "commit": commit or os.environ.get("QUEST_COMMIT", "unknown"),
+        "commit": commit(),
     }
 
 

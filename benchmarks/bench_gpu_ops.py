@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
@@ -198,7 +198,7 @@ def main() -> None:
         "torch": torch.__version__,
         "vllm": compat.vllm_version(),
         "command": " ".join(sys.argv),
-        "commit": os.environ.get("QUEST_COMMIT", "unknown"),
+        "commit": commit(),
         "copy_TBps": bandwidth / 1e6,
         "unit": "microseconds a layer",
         "cases": [show(run_case(*case, bandwidth)) for case in CASES],

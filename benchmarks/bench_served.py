@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI
+from provenance import commit, cpu_model
 
 
 def free_port() -> int:
@@ -96,11 +97,6 @@ async def one_round(url: str, prompts: list[list[int]], tokens: int, budget: int
     }
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Run the rounds and write one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +128,7 @@ def main() -> None:
         "benchmark": "served",
         "command": " ".join(sys.argv),
         "commit": commit(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "vllm", "quest-vllm")},
         "settings": {k: str(v) for k, v in vars(arguments).items()},
         "rounds": rounds,
@@ -143,11 +139,6 @@ def main() -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import importlib.metadata
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from provenance import commit
 
 SCHEMAS = {
     "/v1/completions": ("CompletionRequest", {"prompt": "x", "max_tokens": 1}),
@@ -183,12 +184,6 @@ def fetch(url: str, headers: dict[str, str]) -> Any:
     """A JSON document."""
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
         return json.loads(answer.read())
-
-
-def commit() -> str:
-    """The checked-out commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def resident_mb(pid: int | None) -> float | None:

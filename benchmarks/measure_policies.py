@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from hf_reference import Prefix, ReferenceModel, Run
 from policy_texts import Question, Text, needles, texts
+from provenance import commit
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
@@ -215,12 +215,6 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
                     one.setdefault("gap_closed", {})[metric] = (worst[metric]["mean"] - one[metric]["mean"]) / gap
 
 
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def show(one: dict[str, Any]) -> str:
     """One line for people."""
     parts = [f"{one['policy']:32s} {one['budget']:5d}"]
@@ -251,7 +245,7 @@ def main() -> None:
         "benchmark": "page_policies",
         "model": arguments.model.name,
         "command": " ".join(sys.argv),
-        "commit": commit(),
+        "commit": commit(short=True),
         "torch": torch.__version__,
         "context": CONTEXT,
         "rows_per_text": ROWS,

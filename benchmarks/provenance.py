@@ -1,0 +1,23 @@
+"""What every result file says of where it came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def commit(short: bool = False) -> str:
+    """The checkout's commit; outside one ``$QUEST_COMMIT``, or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", *(["--short"] if short else []), "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found or os.environ.get("QUEST_COMMIT", "unknown")
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
