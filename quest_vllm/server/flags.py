@@ -62,8 +62,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     configuration is read.
     """
     flags = parser()
-    known = [name for action in flags._actions for name in action.option_strings]
-    theirs, ours = _split(arguments, flags, known)
+    theirs, ours = _split(arguments, flags)
     values = flags.parse_args(ours)
     environment = {}
     for key, value in vars(values).items():
@@ -93,8 +92,8 @@ def check_configuration(theirs: Sequence[str], environment: Mapping[str, str]) -
     load_config(additional if isinstance(additional, dict) else None, environment)
 
 
-def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list[str]) -> tuple[list[str], list[str]]:
-    takes_none = ("--quest-allow-override", "--no-quest-allow-override", "--quest-page")
+def _split(arguments: Sequence[str], flags: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    known = {name: action for action in flags._actions for name in action.option_strings}
     theirs: list[str] = []
     ours: list[str] = []
     words = iter(arguments)
@@ -109,7 +108,7 @@ def _split(arguments: Sequence[str], flags: argparse.ArgumentParser, known: list
             flags.error(f"unknown flag {name}; did you mean {near}? Known flags: {', '.join(known)}")
         if equals:
             ours.append(f"{name}={value}")
-        elif name in takes_none:
+        elif known[name].nargs == 0:
             ours.append(name)
         else:
             ours += [name, *itertools.islice(words, 1)]
