@@ -37,7 +37,6 @@ struct DecodeParams {
   int32_t reduction, stages;
   int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
   float bound_radius, scale, softcap;
-  int32_t dependent_launch;  // nonzero: start while the kernel before drains (programmatic dependent launch)
 };
 
 struct WriteParams {

@@ -107,6 +107,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   attributes[0].val.clusterDim.x = p.cluster_size;
   attributes[0].val.clusterDim.y = 1;
   attributes[0].val.clusterDim.z = 1;
+  // start while the kernel before drains; see wait_for_previous_kernel
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
@@ -115,7 +116,7 @@ cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = p.dependent_launch ? 2 : 1;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 

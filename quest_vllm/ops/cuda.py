@@ -116,11 +116,11 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, planes: int, query: torch.Tensor, warps: int = 8) -> None:
+def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8) -> None:
     """Launch with the scores where they fit."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
     # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
-    scratch = _size_scores(params, shape, planes, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
+    scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
     _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
     del scratch
 
@@ -133,10 +133,9 @@ def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
     return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
 
 
-def _size_scores(
-    params: DecodeParams, shape: _Shape, planes: int, room: int, device: torch.device
-) -> torch.Tensor | None:
+def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
+    planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
     share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
     params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
     if 4 * planes * params.shared_pages <= room:
@@ -189,7 +188,6 @@ def _common(
         bound_radius=1.0,
         scale=1.0,
         cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
-        dependent_launch=1,
     )
     return params, shape
 
@@ -266,7 +264,7 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query, warps)
+    _launch_decode(params, shape, query, warps)
     return out
 
 
@@ -293,7 +291,7 @@ def score_pages(
     _set_summaries(params, summaries, query.dtype)
     params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
     params.bound_radius, params.scale = bound_radius, scale
-    _launch_decode(params, shape, shape.rows if group_reduction == "mass" else 1, query)
+    _launch_decode(params, shape, query)
     return scores
 
 
@@ -322,7 +320,7 @@ def select_pages(
     scores = page_scores.contiguous()
     params.scores, params.selected, params.stages = scores.data_ptr(), selected.data_ptr(), SELECT
     params.selected_width, params.sink_pages, params.recent_pages = max_page_budget, sink_pages, recent_pages
-    _launch_decode(params, shape, 1, query)
+    _launch_decode(params, shape, query)
     return selected
 
 
@@ -352,14 +350,19 @@ def sparse_paged_attention(
     params.selected, params.selected_width, params.out = selected.data_ptr(), width, out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.stages, params.scale, params.softcap = ATTEND, scale, softcap
-    _launch_decode(params, shape, 1, query)
+    _launch_decode(params, shape, query)
     return out
 
 
 def summary_params(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    value_cache: torch.Tensor | None = None,
 ) -> WriteParams:
-    """Parameters of a launch that refreshes summaries and stores nothing."""
+    """Parameters of a launch that refreshes summaries and stores nothing; ``value_cache`` for those who add to it."""
     check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
     _check_index(slot_mapping, "slot_mapping", torch.int64)
     params = WriteParams(
@@ -370,7 +373,7 @@ def summary_params(
         block_shift=key_cache.shape[2].bit_length() - 1,
     )
     _set_summaries(params, summaries, key_cache.dtype)
-    _set_caches(params, key_cache, key_cache, key_cache.dtype)
+    _set_caches(params, key_cache, key_cache if value_cache is None else value_cache, key_cache.dtype)
     return params
 
 
@@ -385,10 +388,9 @@ def write_params(
     page_size: int,
 ) -> WriteParams:
     """Parameters of :func:`write_kv`."""
-    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size)
-    _set_caches(params, key_cache, value_cache, key.dtype)
-    _check_rows(key, "key", key.dtype)
-    _check_rows(value, "value", key.dtype)
+    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size, value_cache=value_cache)
+    _check_rows(key, "key", key_cache.dtype)
+    _check_rows(value, "value", key_cache.dtype)
     params.key, params.value = key.data_ptr(), value.data_ptr()
     params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
     params.value_token_stride, params.value_head_stride_in = value.stride()[:2]

@@ -27,7 +27,6 @@ class DecodeParams(ctypes.Structure):
         *_fields(ctypes.c_int32, "page_shift block_shift max_pages selected_width"),
         *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size shared_pages"),
         *_fields(ctypes.c_float, "bound_radius scale softcap"),
-        *_fields(ctypes.c_int32, "dependent_launch"),
     ]
 
 
