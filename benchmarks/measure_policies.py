@@ -9,7 +9,7 @@ of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
 Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
-split (several small boxes a page).
+split (several small boxes a page), codes (two bits a key of half the channels).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from provenance import commit
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.policies import BoundPolicy, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import BoundPolicy, KeyCodesPolicy, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
@@ -120,11 +120,19 @@ def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     return [original(ops, page_size), default(ops, page_size), *split, oracle]
 
 
+def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """Key codes, at the default's bytes."""
+    coded = [Candidate(f"key codes, {how}", KeyCodesPolicy(ops, how), page_size=page_size) for how in ("max", "mass")]
+    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
+    return [original(ops, page_size), default(ops, page_size), *coded, oracle]
+
+
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "radius": radius_sweep,
     "forced": forced_sweep,
     "selectors": selector_sweep,
     "split": split_sweep,
+    "codes": code_sweep,
 }
 
 
@@ -140,7 +148,7 @@ class TextTask:
 
     def __init__(self, model: ReferenceModel, text: Text, page_size: int) -> None:
         self.model, self.rows = model, text.rows
-        self.prefix: Prefix = model.prefill(text.prefix, ROWS, (page_size,))
+        self.prefix: Prefix = model.prefill(text.prefix, ROWS)
         self.dense = self._log_probs(Run(None, page_size))
 
     def _log_probs(self, run: Run) -> torch.Tensor:
@@ -159,7 +167,7 @@ class NeedleTask:
     def __init__(self, model: ReferenceModel, prefix: list[int], questions: list[Question], page_size: int) -> None:
         self.model, self.questions = model, questions
         rows = sum(len(question.tokens) for question in questions)
-        self.prefix = model.prefill(prefix, rows, (page_size,))
+        self.prefix = model.prefill(prefix, rows)
 
     def measure(self, run: Run) -> dict[str, list[float]]:
         """Two values a question."""
@@ -203,6 +211,19 @@ def result(name: str, budget: int, values: dict[str, list[float]]) -> dict[str, 
     return {"policy": name, "budget": budget} | means | {"values": rounded}
 
 
+def gap_interval(worst: list[float], found: list[float], best: list[float], draws: int = 2000) -> list[float]:
+    """95% bootstrap interval of the share of the gap closed; texts or questions are drawn, for all three alike."""
+    rng = random.Random(0)
+    items, shares = list(zip(worst, found, best, strict=True)), []
+    for _ in range(draws):
+        drawn = rng.choices(items, k=len(items))
+        gap = sum(w - b for w, _, b in drawn)
+        if gap:
+            shares.append(sum(w - f for w, f, _ in drawn) / gap)
+    shares.sort()
+    return [shares[len(shares) // 40], shares[-len(shares) // 40 - 1]] if shares else []
+
+
 def add_gap_closed(results: list[dict[str, Any]]) -> None:
     """How much of the way from the original to the oracle each policy goes, where both were run."""
     by_key = {(r["policy"], r["budget"]): r for r in results}
@@ -213,6 +234,8 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
                 if metric in one and worst[metric]["mean"] != best[metric]["mean"]:
                     gap = worst[metric]["mean"] - best[metric]["mean"]
                     one.setdefault("gap_closed", {})[metric] = (worst[metric]["mean"] - one[metric]["mean"]) / gap
+                    values = [r["values"][metric] for r in (worst, one, best)]
+                    one.setdefault("gap_closed_95", {})[metric] = gap_interval(*values)
 
 
 def show(one: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
+PAGE_SUMMARIES = ("min_max", "key_codes")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
