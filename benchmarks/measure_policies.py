@@ -1,6 +1,6 @@
 """How much of dense attention each choice of pages keeps: KL on running text, and needles, at equal budgets.
 
-usage: measure_policies.py MODEL --sweep NAME [--texts even|odd|all] [--needles N] [--output FILE.json]
+usage: measure_policies.py MODEL --sweep NAME [--texts even|odd|all|none] [--needles N] [--output FILE.json]
 
 A quick reference outside vLLM: prefixes of 4K tokens are prefilled densely; the 64 tokens after each (or a question
 and its answer) are decoded under teacher forcing through the same operations that serve, with each policy in turn.
@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--sweep", choices=SWEEPS, required=True)
-    parser.add_argument("--texts", choices=("even", "odd", "all"), default="all")
+    parser.add_argument("--texts", choices=("even", "odd", "all", "none"), default="all")
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
@@ -260,7 +260,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = ReferenceModel(arguments.model)
-    step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[arguments.texts]
+    step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None), "none": slice(0)}[arguments.texts]
     chosen = texts(model.encode, CONTEXT, ROWS)[step]
     candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
     seeds = range(arguments.seed, arguments.seed + arguments.needles)

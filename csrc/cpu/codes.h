@@ -6,7 +6,7 @@ typedef uint8_t VecB __attribute__((vector_size(16)));
 constexpr float kFp8Max = 448.0f;
 constexpr uint32_t kFp8Bias = 120u << 3;  // between the exponents of float and of float8_e4m3fn
 
-// To float8_e4m3fn, nearest and ties to even, saturated; a NaN is 0x7f.
+// To float8_e4m3fn, nearest and ties to even, saturated; every NaN is 0x7f.
 QUEST_INLINE VecU to_fp8(Vec x) {
   const VecU sign = ((VecU)x & 0x80000000u) >> 24;
   Vec magnitude = (Vec)((VecU)x & 0x7fffffffu);
@@ -15,7 +15,7 @@ QUEST_INLINE VecU to_fp8(Vec x) {
   const VecU normal = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - kFp8Bias;
   const VecU subnormal = (VecU)(magnitude + splat(16384.0f)) & 0xfu;  // 2^14: one unit in the last place is 2^-9
   const VecU code = magnitude < 0.015625f ? subnormal : normal;
-  return (x == x ? code : VecU{} + 0x7fu) | sign;
+  return x == x ? code | sign : VecU{} + 0x7fu;
 }
 
 // From the lower seven bits of float8_e4m3fn: its magnitude.

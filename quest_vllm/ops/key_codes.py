@@ -52,8 +52,13 @@ def split_pairs(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quarters[..., 0, :].flatten(-2), quarters[..., 1, :].flatten(-2)
 
 
+def _one_nan(values: torch.Tensor) -> torch.Tensor:
+    """The positive one for every NaN, so that bytes can be compared."""
+    return torch.where(values.isnan(), float("nan"), values)
+
+
 def _to_fp8(values: torch.Tensor) -> torch.Tensor:
-    return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return _one_nan(values.clamp(-FP8_MAX, FP8_MAX)).to(torch.float8_e4m3fn)
 
 
 def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -69,7 +74,7 @@ def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     second = second_high - second_low > first_high - first_low  # [..., D / 2]
     low = torch.where(second, second_low, first_low)
     step = _to_fp8((torch.where(second, second_high, first_high) - low) * 0.25)
-    base = (low + step.float() * 0.5).bfloat16()
+    base = _one_nan(low + step.float() * 0.5).bfloat16()
     rest = _to_fp8((torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)) * 0.5)
     coded = torch.where(second[..., None, :], *reversed(split_pairs(keys)))  # [..., 16, D / 2]
     levels = (coded - base.float()[..., None, :]) / step.float()[..., None, :]
