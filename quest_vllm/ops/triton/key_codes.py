@@ -39,14 +39,14 @@ def pairs_per_chunk(head_dim: int) -> int:
 
 @triton.jit
 def to_fp8(x):
-    """To float8_e4m3fn in an int32: nearest and ties to even, saturated at 448; a NaN is 0x7f. Keeps the sign."""
+    """To float8_e4m3fn in an int32: nearest and ties to even, saturated at 448; every NaN is 0x7f."""
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     magnitude = tl.where(tl.abs(x) > 448.0, 448.0, tl.abs(x))
     bits = magnitude.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 120 << 3: between the exponents of the two formats
     subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) & 0xF  # 2^14: its last place is worth 2^-9
     code = tl.where(magnitude < 0.015625, subnormal, normal)
-    return tl.where(x == x, code, 0x7F) | sign
+    return tl.where(x == x, code | sign, 0x7F)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def fp8_magnitude(code):
 
 @triton.jit
 def to_bfloat16(x):
-    """The bits of bfloat16 in an int32: nearest and ties to even; a NaN is 0x7fc0."""
+    """The bits of bfloat16 in an int32: nearest and ties to even; every NaN is 0x7fc0."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x == x, rounded & 0xFFFF, 0x7FC0)

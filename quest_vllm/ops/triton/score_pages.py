@@ -7,6 +7,7 @@ log-sum-exp of each tile of them in scratch, the second merges those of a row an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -221,7 +222,8 @@ def score_pages(
         scratch = scratch or mass_scratch(num_reqs, num_q_heads, max_pages, device=query.device)
         bounds, lse = scratch.logits, scratch.lse
     tensors = (query, summaries, block_table, seq_lens, bounds, lse)
-    settings = {"reduction": REDUCTIONS[group_reduction], "scale": float(scale), "fill_tail": fill_tail and not mass}
+    settings: dict[str, Any] = {"reduction": REDUCTIONS[group_reduction], "scale": float(scale)}
+    settings["fill_tail"] = fill_tail and not mass  # the second launch does
     if page_summary == "key_codes":
         tile = CODED_PAGES_PER_TILE
         score_codes(*tensors, programs=_programs(max_pages, tile, num_reqs * num_kv_heads), **settings)
