@@ -46,7 +46,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
     "score_codes_kernel": (
         "key_codes",
         [
-            {"PAGES_PER_BLOCK": 4, "GROUP": 3, "PADDED_GROUP": 16, "TILE": 16} | variant
+            {"PAGES_PER_BLOCK": 4, "GROUP": 3, "PADDED_GROUP": 8, "TILE": 32, "TOKENS": 2} | variant
             for variant in (
                 {"HEAD_DIM": 64, "CHUNK": 32, "PARTS": 2, "REDUCTION": 0, "FILL_TAIL": False},
                 {"HEAD_DIM": 128, "CHUNK": 64, "PARTS": 1, "REDUCTION": 1, "FILL_TAIL": True},
@@ -90,7 +90,7 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
 
 OPTIONS: dict[str, dict[str, Any]] = {  # other than four warps; as the launches say
     "encode_pages_kernel": {"enable_fp_fusion": False},
-    "score_codes_kernel": {"num_warps": 8, "num_stages": 2},
+    "score_codes_kernel": {"num_stages": 1},
 }
 EXACT = {"encode_pages_kernel"}  # single operations, each correctly rounded
 

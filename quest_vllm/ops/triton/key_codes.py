@@ -5,6 +5,7 @@ how a compiler contracts them, and conversions are integer arithmetic: sm_80 has
 
 Scoring runs on tensor cores. For a code c of 0 to 3, ``step * c`` has six significant bits: exact in bfloat16, like
 base and rest. A wider query is the sum of several bfloat16 ones, so that nothing is rounded before the accumulation.
+Pages are the rows of the products: with a query of few heads in their place, most of each would be padding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import triton.language as tl
 
 from quest_vllm.ops.key_codes import code_bytes
 from quest_vllm.ops.triton.common import (
-    MIN_DOT_ROWS,
     dot,
     finite_or_zero,
     is_last_of_page,
@@ -26,7 +26,9 @@ from quest_vllm.ops.triton.common import (
     padded,
 )
 
-CODED_PAGES_PER_TILE = 16
+CODED_PAGES_PER_TILE = 32
+TOKENS_AT_ONCE = 2  # of each page of a tile: more take more registers than leave room for other programs
+MIN_DOT_COLUMNS = 8  # a GQA group is padded up to it
 PAIRS_PER_CHUNK = 64
 QUERY_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers, of eight significant bits each, a query's number is the sum of."""
@@ -139,6 +141,27 @@ def encode_pages_kernel(
 
 
 @triton.jit
+def load_step(row, pair, valid, HEAD_DIM: tl.constexpr):
+    """Whether the second channel of each pair is coded, and its step: two of ``[pages, pairs]``."""
+    signed = tl.load(row[:, None] + HEAD_DIM + pair[None, :], mask=valid[:, None], other=0).to(tl.int32)
+    return signed >= 0x80, fp8_magnitude(signed & 0x7F)
+
+
+@triton.jit
+def dot_pairs(first, second, query, used, acc, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
+    """``acc`` plus the products of both channels of pairs, bfloat16, with the query behind ``query [pairs, group]``."""
+    first_rest = tl.load(query, mask=used[None, :], other=0.0).to(tl.float32)
+    second_rest = tl.load(query + HEAD_DIM // 4, mask=used[None, :], other=0.0).to(tl.float32)
+    for _ in tl.static_range(PARTS):
+        first_part = first_rest.to(tl.bfloat16)
+        second_part = second_rest.to(tl.bfloat16)
+        acc = dot(second, second_part, dot(first, first_part, acc))
+        first_rest -= first_part.to(tl.float32)
+        second_rest -= second_part.to(tl.float32)
+    return acc
+
+
+@triton.jit
 def score_codes_kernel(
     query_ptr,  # [num_reqs, num_kv_heads * GROUP, HEAD_DIM]
     coded_ptr,  # [num_blocks, num_kv_heads, PAGES_PER_BLOCK, 4 * HEAD_DIM] uint8
@@ -165,6 +188,7 @@ def score_codes_kernel(
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
     REDUCTION: tl.constexpr,
     FILL_TAIL: tl.constexpr,
 ):
@@ -177,7 +201,6 @@ def score_codes_kernel(
     used = group < GROUP
     heads = head * GROUP + group
     query_rows = query_ptr + req * query_req_stride + heads[None, :] * query_head_stride
-    tokens = tl.arange(0, 16)
     end = max_pages if FILL_TAIL else total
     for tile in range(tl.program_id(0), tl.cdiv(end, TILE), tl.num_programs(0)):
         page = tile * TILE + tl.arange(0, TILE)
@@ -186,39 +209,45 @@ def score_codes_kernel(
         row = coded_ptr + head * coded_head_stride
         row = row + block.to(tl.int64) * coded_block_stride + (page % PAGES_PER_BLOCK) * coded_page_stride
         shared = tl.zeros((TILE, PADDED_GROUP), tl.float32)
-        own = tl.zeros((TILE * 16, PADDED_GROUP), tl.float32)
         for start in tl.static_range(0, HEAD_DIM // 2, CHUNK):
             pair = start + tl.arange(0, CHUNK)
-            mask = valid[:, None]
-            base = tl.load(row.to(tl.pointer_type(tl.int16))[:, None] + pair[None, :], mask=mask, other=0)
+            base = tl.load(row.to(tl.pointer_type(tl.int16))[:, None] + pair[None, :], mask=valid[:, None], other=0)
             base = (base.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-            signed_step = tl.load(row[:, None] + HEAD_DIM + pair[None, :], mask=mask, other=0).to(tl.int32)
-            rest = tl.load(row[:, None] + HEAD_DIM + HEAD_DIM // 2 + pair[None, :], mask=mask, other=0).to(tl.int32)
+            swap, step = load_step(row, pair, valid, HEAD_DIM)
+            rest = tl.load(row[:, None] + HEAD_DIM + HEAD_DIM // 2 + pair[None, :], mask=valid[:, None], other=0)
+            rest = rest.to(tl.int32)
             rest = tl.where(rest >= 0x80, -fp8_magnitude(rest & 0x7F), fp8_magnitude(rest))
-            swap = signed_step >= 0x80
-            step = fp8_magnitude(signed_step & 0x7F)
-            word = HEAD_DIM // 2 + start + 16 * tl.arange(0, CHUNK // 16)[None, None, :] + tokens[None, :, None]
-            words = tl.load(row.to(tl.pointer_type(tl.int32))[:, None, None] + word, mask=valid[:, None, None], other=0)
-            levels = (words[:, :, :, None] >> (2 * tl.arange(0, 16))[None, None, None, :]) & 3
-            levels = tl.reshape(levels, (TILE, 16, CHUNK)).to(tl.float32)
-            first_own = tl.reshape(levels * tl.where(swap, 0.0, step)[:, None, :], (TILE * 16, CHUNK)).to(tl.bfloat16)
-            second_own = tl.reshape(levels * tl.where(swap, step, 0.0)[:, None, :], (TILE * 16, CHUNK)).to(tl.bfloat16)
             first_shared = tl.where(swap, rest, base).to(tl.bfloat16)
             second_shared = tl.where(swap, base, rest).to(tl.bfloat16)
             query = query_rows + first_of_pair(pair, HEAD_DIM // 4)[:, None]
-            first = tl.load(query, mask=used[None, :], other=0.0).to(tl.float32)
-            second = tl.load(query + HEAD_DIM // 4, mask=used[None, :], other=0.0).to(tl.float32)
-            for _ in tl.static_range(PARTS):
-                first_part = first.to(tl.bfloat16)
-                second_part = second.to(tl.bfloat16)
-                own = dot(second_own, second_part, dot(first_own, first_part, own))
-                shared = dot(second_shared, second_part, dot(first_shared, first_part, shared))
-                first -= first_part.to(tl.float32)
-                second -= second_part.to(tl.float32)
-        has_token = (tile * TILE * 16 + tl.arange(0, TILE * 16) < length)[:, None]
-        logits = tl.reshape(tl.where(has_token, own * scale, float("-inf")), (TILE, 16, PADDED_GROUP))
-        shift = finite_or_zero(tl.max(logits, axis=1))
-        bound = shared * scale + shift + tl.log(tl.sum(tl.exp(logits - shift[:, None, :]), axis=1))  # NaN stays
+            shared = dot_pairs(first_shared, second_shared, query, used, shared, HEAD_DIM, PARTS)
+        top = tl.full((TILE, PADDED_GROUP), float("-inf"), tl.float32)
+        mass = tl.zeros((TILE, PADDED_GROUP), tl.float32)
+        for first_token in range(0, 16, TOKENS):
+            token = first_token + tl.arange(0, TOKENS)
+            own = tl.zeros((TILE * TOKENS, PADDED_GROUP), tl.float32)
+            for start in tl.static_range(0, HEAD_DIM // 2, CHUNK):
+                pair = start + tl.arange(0, CHUNK)
+                swap, step = load_step(row, pair, valid, HEAD_DIM)
+                word = HEAD_DIM // 2 + start + 16 * tl.arange(0, CHUNK // 16)[None, None, :] + token[None, :, None]
+                words = row.to(tl.pointer_type(tl.int32))[:, None, None] + word
+                words = tl.load(words, mask=valid[:, None, None], other=0)
+                levels = (words[:, :, :, None] >> (2 * tl.arange(0, 16))[None, None, None, :]) & 3
+                levels = tl.reshape(levels, (TILE, TOKENS, CHUNK)).to(tl.float32)
+                first_own = (levels * tl.where(swap, 0.0, step)[:, None, :]).to(tl.bfloat16)
+                second_own = (levels * tl.where(swap, step, 0.0)[:, None, :]).to(tl.bfloat16)
+                first_own = tl.reshape(first_own, (TILE * TOKENS, CHUNK))
+                second_own = tl.reshape(second_own, (TILE * TOKENS, CHUNK))
+                query = query_rows + first_of_pair(pair, HEAD_DIM // 4)[:, None]
+                own = dot_pairs(first_own, second_own, query, used, own, HEAD_DIM, PARTS)
+            logits = tl.reshape(own * scale, (TILE, TOKENS, PADDED_GROUP))
+            has_token = page[:, None] * 16 + token[None, :] < length
+            logits = tl.where(has_token[:, :, None], logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, axis=1))
+            shift = finite_or_zero(new_top)
+            mass = mass * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None, :]), axis=1)  # NaN stays
+            top = new_top
+        bound = shared * scale + finite_or_zero(top) + tl.log(mass)
         if REDUCTION == 2 or REDUCTION == 3:
             out = score_ptr + req * score_req_stride + heads[None, :] * score_head_stride + page[:, None]
             bound = tl.where(valid[:, None], bound, float("-inf"))
@@ -291,13 +320,14 @@ def score_codes(
         *lse.stride()[:2],
         PAGES_PER_BLOCK=pages_per_block,
         GROUP=group,
-        PADDED_GROUP=padded(group, MIN_DOT_ROWS),
+        PADDED_GROUP=padded(group, MIN_DOT_COLUMNS),
         HEAD_DIM=head_dim,
         CHUNK=pairs_per_chunk(head_dim),
         PARTS=QUERY_PARTS[query.dtype],
         TILE=CODED_PAGES_PER_TILE,
+        TOKENS=TOKENS_AT_ONCE,
         REDUCTION=reduction,
         FILL_TAIL=fill_tail,
-        num_warps=8,
-        num_stages=2,
+        num_warps=4,
+        num_stages=1,
     )

@@ -170,13 +170,13 @@ class MassScratch:
     """What the mass reduction keeps between its launches. Needs no initialisation; may be larger than needed."""
 
     logits: torch.Tensor  # [num_reqs, num_q_heads, max_pages] float32
-    lse: torch.Tensor  # [num_reqs, num_q_heads, ceil(max_pages / 16) or more] float32
+    lse: torch.Tensor  # [num_reqs, num_q_heads, ceil(max_pages / 32) or more] float32
 
 
 def mass_scratch(num_reqs: int, num_q_heads: int, max_pages: int, *, device: torch.device) -> MassScratch:
     """Allocate the scratch of :func:`score_pages` with ``group_reduction="mass"``."""
     logits = torch.empty(num_reqs, num_q_heads, max_pages, dtype=torch.float32, device=device)
-    lse_tiles = cdiv(max_pages, CODED_PAGES_PER_TILE)  # the smallest tile of either kind of summary
+    lse_tiles = cdiv(max_pages, min(PAGES_PER_TILE // 2, CODED_PAGES_PER_TILE))  # dot_tile may halve the tile
     return MassScratch(logits, torch.empty(num_reqs, num_q_heads, lse_tiles, dtype=torch.float32, device=device))
 
 
