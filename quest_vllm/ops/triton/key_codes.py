@@ -254,8 +254,8 @@ def score_codes_kernel(
             tl.store(out, bound, mask=used[None, :] & (page < end)[:, None])
         if REDUCTION == 3:
             counted = tl.where(bound == bound, bound, float("-inf"))
-            top = finite_or_zero(tl.max(counted, axis=0))
-            lse = top + tl.log(tl.sum(tl.exp(counted - top[None, :]), axis=0))
+            row_top = finite_or_zero(tl.max(counted, axis=0))
+            lse = row_top + tl.log(tl.sum(tl.exp(counted - row_top[None, :]), axis=0))
             tl.store(lse_ptr + req * lse_req_stride + heads * lse_head_stride + tile, lse, mask=used)
         if REDUCTION == 0 or REDUCTION == 1:
             if REDUCTION == 0:
