@@ -62,6 +62,12 @@ def cpu_attention() -> ModuleType:
     return importlib.import_module("vllm.v1.attention.backends.cpu_attn")
 
 
+def verify_width(vllm_config: Any) -> int:
+    """Query tokens of a request whose drafts are verified, 1 + num_speculative_tokens; 1 without speculation."""
+    speculative = vllm_config.speculative_config
+    return 1 + ((speculative.num_speculative_tokens or 0) if speculative is not None else 0)
+
+
 def flash_attention() -> ModuleType:
     """``vllm.v1.attention.backends.flash_attn``: the dense FlashAttention backend."""
     return importlib.import_module("vllm.v1.attention.backends.flash_attn")
