@@ -86,7 +86,7 @@ def test_budget_arrives_and_every_verify_token_is_a_row(llm: Any, budget: int | 
 
 
 def first_difference(ours: list[dict[int, float]], theirs: list[dict[int, float]]) -> tuple[float, float | None]:
-    """How far the log-probabilities lie apart while two greedy texts agree; where they part, how close the two best
+    """How far the two best tokens' log-probabilities lie apart while two greedy texts agree; where they part, how close the two best
     tokens were (None: they never part)."""
     noise = 0.0
     for step_a, step_b in zip(ours, theirs, strict=True):
@@ -96,8 +96,8 @@ def first_difference(ours: list[dict[int, float]], theirs: list[dict[int, float]
                 step[best] - step.get(other, -99.0)
                 for step, best, other in ((step_a, best_a, best_b), (step_b, best_b, best_a))
             )
-        shared = step_a.keys() & step_b.keys()
-        noise = max([noise, *(abs(step_a[token] - step_b[token]) for token in shared)])
+        likely = sorted(step_a, key=step_a.__getitem__)[-2:]
+        noise = max([noise, *(abs(step_a[token] - step_b[token]) for token in likely if token in step_b)])
     return noise, None
 
 
@@ -114,14 +114,14 @@ def test_drafts_change_no_text_at_any_budget(llm: Any) -> None:
     assert speculated(llm) == (before[0] + drafted, before[1] + accepted)
     found = [first_difference(logprobs(a), logprobs(b)) for a, b in zip(with_drafts, without, strict=True)]
     # rows of several tokens and of one go through other matrix kernels: the dense rows say what that is worth
-    noise = max(0.05, *(noise for noise, _ in found[:2]))
+    noise = max(0.125, *(noise for noise, _ in found[:2]))  # a bfloat16 logit of 16 or more moves in steps of 0.125
     for budget, (apart, gap) in zip(budgets, found, strict=True):
         assert apart <= 3 * noise, (budget, found)
         assert gap is None or gap <= noise, (budget, found)  # the two best tokens tied
 
 
 def test_summaries_are_right_after_rejected_drafts(llm: Any) -> None:
-    sampling = [params(budget, 24, seed=budget, temperature=0.7) for budget in (64, 128, 256, 0)]
+    sampling = [params(budget, 24, temperature=0.7) for budget in (64, 128, 256, 0)]
     llm.generate([repetitive(200 + 40 * i) for i in range(4)], sampling, use_tqdm=False)
     drafted, accepted = speculated(llm)
     assert drafted > accepted > 0
