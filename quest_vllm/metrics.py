@@ -66,7 +66,7 @@ METRICS = {
     for spec in (
         MetricSpec(
             "quest_decode_rows_total",
-            "Rows (decode tokens, drafts that are verified too, and prefill chunks) by attention path and the reason for it.",
+            "Rows (a decode token, a draft to verify, or a prefill chunk) by attention path and the reason for it.",
             ("path", "reason"),
         ),
         MetricSpec("quest_pages_selected_total", "Pages that sparse rows attended to, over layers and heads."),

@@ -86,8 +86,8 @@ def test_budget_arrives_and_every_verify_token_is_a_row(llm: Any, budget: int | 
 
 
 def first_difference(ours: list[dict[int, float]], theirs: list[dict[int, float]]) -> tuple[float, float | None]:
-    """How far the two best tokens' log-probabilities lie apart while two greedy texts agree; where they part, how close the two best
-    tokens were (None: they never part)."""
+    """How far two greedy runs' two best log-probabilities lie apart as long as their texts agree; and where they part,
+    how far apart each run saw those two tokens (None: they never part)."""
     noise = 0.0
     for step_a, step_b in zip(ours, theirs, strict=True):
         best_a, best_b = max(step_a, key=step_a.__getitem__), max(step_b, key=step_b.__getitem__)
