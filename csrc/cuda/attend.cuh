@@ -12,8 +12,8 @@ namespace quest {
 template <typename T, int D, int kHeadTiles>
 class PageAttention {
  public:
-  __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* selected)
-      : p_(p), row_(row), staging_(window), selected_(selected) {
+  __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* entries)
+      : p_(p), row_(row), staging_(window), entries_(entries) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
       top_[tile] = -INFINITY;
@@ -29,7 +29,7 @@ class PageAttention {
   // Attends to this CTA's part of the entries and leaves the row's output in p.out. In shared memory: `partial`, kWarps *
   // rows * D floats, which may be the window itself; `inbox`, inbox_floats<D>(rows) that nothing else uses.
   __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial, float* inbox) {
-    const int share = div_up(row_.take, row_.size);
+    const int share = row_.entries();
     begin_ = min(row_.rank * share, row_.take);
     tiles_ = (min(begin_ + share, row_.take) - begin_) << (p_.page_shift - kTileShift);
     const int mine = tiles_ > warp_id() ? div_up(tiles_ - warp_id(), kWarps) : 0;  // tiles of this warp
@@ -70,8 +70,8 @@ class PageAttention {
   __device__ __forceinline__ Tile look_up(int k) const {
     const int tile = (k + lane_id()) * kWarps + warp_id();
     if (tile >= tiles_) return Tile{0, 0, 0};
-    const int entry = begin_ + (tile >> (p_.page_shift - kTileShift));
-    const int page = row_.dense ? entry : selected_[entry];
+    const int entry = tile >> (p_.page_shift - kTileShift);
+    const int page = row_.dense ? begin_ + entry : entries_[entry];
     if (page < 0) return Tile{0, 0, 0};
     const int offset = (tile << kTileShift) & ((1 << p_.page_shift) - 1);
     const int block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
@@ -274,7 +274,7 @@ class PageAttention {
   const DecodeParams& p_;
   const Row& row_;
   Staging<D> staging_;
-  const int32_t* selected_;
+  const int32_t* entries_;  // this CTA's part of the chosen pages
   int begin_, tiles_;  // first entry and tiles of this CTA
   float acc_[kHeadTiles][D / 16][4];  // [D tile][(d, head 2t), (d, head 2t + 1), (d + 1, 2t), (d + 1, 2t + 1)]
   float top_[kHeadTiles], mass_[kHeadTiles];

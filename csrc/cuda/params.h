@@ -19,7 +19,7 @@ struct DecodeParams {
   const int32_t* block_table;   // [num_reqs, max_blocks]
   const int32_t* seq_lens;      // [num_reqs]
   const int32_t* page_budgets;  // [num_reqs]
-  float* scores;                // [num_reqs, H, max_pages]; may be null when all stages run
+  float* scores;                // [num_reqs, H, max_pages]; null when all stages run
   float* score_scratch;         // [num_reqs, H, rows or 1, max_pages]; null when a CTA's share fits shared memory
   int32_t* selected;            // [num_reqs, H, selected_width]
   void* out;                    // [num_reqs, H * rows, D]
@@ -35,7 +35,8 @@ struct DecodeParams {
   int32_t max_pages, selected_width;
   int32_t sink_pages, recent_pages;
   int32_t reduction, stages;
-  int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
+  int32_t cluster_size, shared_pages;  // shared_pages: pages whose scores fit a CTA's shared memory
+  int32_t gather_pages;                // a row of at most so many pages is chosen from by each of its CTAs alone
   float bound_radius, scale, softcap;
 };
 

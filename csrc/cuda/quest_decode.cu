@@ -28,6 +28,13 @@ __device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, co
   return share_range(row, shared, range);
 }
 
+// Few rows wait for one read after another: the block table comes while a row's length is read, or the kernel before ends.
+__device__ __forceinline__ void prefetch_table(const DecodeParams& p) {
+  const int block = (static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x)) * 32;
+  if (block << p.block_shift >= p.max_pages) return;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p.block_table + blockIdx.z * p.table_req_stride + block));
+}
+
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
 template <int D>
 __host__ __device__ constexpr int window_bytes(int rows) {
@@ -46,8 +53,13 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   __shared__ Shared shared;
   extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
+  if (gridDim.x > 2) prefetch_table(p);
   wait_for_previous_kernel();
   mark(p, 0);
+  QueryFragment<D, kHeadTiles> query;  // before the row's length is known: the two reads pass one another
+  query.load(static_cast<const T*>(p.query) + blockIdx.z * p.query_req_stride +
+                 static_cast<int64_t>(blockIdx.y) * p.rows * p.query_head_stride,
+             p.query_head_stride, p.rows);
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
@@ -60,10 +72,6 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
     plane_stride = p.max_pages;
   }
   int32_t* selected = p.selected + row_index * p.selected_width;
-  QueryFragment<D, kHeadTiles> query;
-  query.load(static_cast<const T*>(p.query) + row.req * p.query_req_stride +
-                 static_cast<int64_t>(row.head) * p.rows * p.query_head_stride,
-             p.query_head_stride, p.rows);
   // a CTA's shared memory may be written by its peers once it runs
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   mark(p, 1);
@@ -72,18 +80,23 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   float2 range = make_float2(0.f, 0.f);
   if ((p.stages & kScore) && row.total > 0 && ((choose && row.ranked > 0) || p.stages == kScore)) {
     range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, plane_stride).run(query, shared);
-    if (p.scores != nullptr) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
+    if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
   } else if (choose && !(p.stages & kScore)) {
     range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);
   }
   mark(p, 2);
+  const int entries = row.entries(), first_entry = row.rank * entries;
+  int32_t* listed = row.gather && entries <= kListed ? shared.listed : nullptr;
   if (choose) {
-    PageSelector(row, shared, buffer).run(range, selected);
-    cluster_sync();  // the list is whole, and its readers see it
+    const Row chooser = row.gather ? row.alone() : row;
+    const Chosen chosen = row.gather ? Chosen{selected, listed, first_entry, first_entry + entries}
+                                     : Chosen{selected, nullptr, 0, row.take};
+    PageSelector(chooser, shared, buffer).run(range, chosen);
   }
   mark(p, 3);
   if (p.stages & kAttend) {
-    PageAttention<T, D, kHeadTiles>(p, row, window, selected).run(query, shared, reinterpret_cast<float*>(window), inbox);
+    const int32_t* mine = choose && listed != nullptr ? listed : selected + first_entry;
+    PageAttention<T, D, kHeadTiles>(p, row, window, mine).run(query, shared, reinterpret_cast<float*>(window), inbox);
   } else {
     cluster_sync();  // nobody leaves while others write to its inbox
   }

@@ -33,7 +33,8 @@ struct Mass {
 template <typename T, int D, int kHeadTiles>
 class PageScorer {
  public:
-  // buffer[plane * plane_stride + page - row.begin] receives the scores; for kMass a plane a query head.
+  // buffer[plane * plane_stride + page - row.begin] receives the scores; for kMass a plane a query head. Where the row
+  // gathers them, every CTA's buffer[page] does.
   __device__ __forceinline__ PageScorer(const DecodeParams& p, const Row& row, void* window, float* buffer,
                                         int64_t plane_stride)
       : p_(p), row_(row), staging_(window), buffer_(buffer), plane_stride_(plane_stride) {}
@@ -155,17 +156,29 @@ class PageScorer {
         score[c] = p_.reduction == kMean ? score[c] + other : nan_max(score[c], other);
       }
     }
+    const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
+    send(make_float2(score[0] * weight, score[1] * weight), page);
+  }
+
+  // Stores the scores of pages `page` and `page + 1`, which all lanes of the same t hold. A group of eight pages lies in
+  // one CTA's share, and the buffer has room for the whole of the last one.
+  __device__ __forceinline__ void send(float2 score, int page) {
+    const int n = lane_id() / 4;
+    if (row_.gather) {
+#pragma unroll 1
+      for (int c = n; c < row_.size; c += 8) put(reinterpret_cast<const float2*>(buffer_ + page), row_.peer(c), score);
+    } else if (n == 0) {
+      *reinterpret_cast<float2*>(buffer_ + page - row_.begin) = score;
+    }
     if (n == 0) {
-      const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (page + c >= row_.end) continue;
-        const float final_score = score[c] * weight;
-        buffer_[page + c - row_.begin] = final_score;
-        if (row_.competes(page + c) && fabsf(final_score) < INFINITY) {
-          range_ = make_float2(fminf(range_.x, final_score), fmaxf(range_.y, final_score));
-        }
-      }
+      widen(page, score.x);
+      widen(page + 1, score.y);
+    }
+  }
+
+  __device__ __forceinline__ void widen(int page, float score) {
+    if (page < row_.end && row_.competes(page) && fabsf(score) < INFINITY) {
+      range_ = make_float2(fminf(range_.x, score), fmaxf(range_.y, score));
     }
   }
 

@@ -1,8 +1,9 @@
 // Page selection: the exact Top-K of a row, whose scores lie spread over the CTAs of a cluster.
 //
 // Each level cuts the scores' range into equal bins, counts them over the cluster, and keeps the bin that holds the K-th
-// score. One level is nearly always enough: the bin's few pages are then ranked against one another. The cost is three
-// cluster barriers, not a pass over memory. Equal scores go to the lower page; NaN ranks as +inf.
+// score. One level is nearly always enough: the bin's few pages are then ranked against one another. Equal scores go to
+// the lower page; NaN ranks as +inf. A CTA that has gathered all scores of its row does this alone, without the three
+// cluster barriers that it costs otherwise.
 //
 // Code that runs once is fetched cold, so loops here stay rolled.
 #pragma once
@@ -19,20 +20,36 @@ __device__ __forceinline__ unsigned long long rank_key(float score, int page) {
   return (static_cast<unsigned long long>(ordered) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(page));
 }
 
+// Where the chosen pages go: the row's list in memory, of which a CTA that chooses alone writes only what it attends to,
+// and keeps it at hand where there is room.
+struct Chosen {
+  int32_t* row;     // the row's list
+  int32_t* listed;  // this CTA's part of it, or null
+  int begin, end;   // the places of that part
+
+  __device__ __forceinline__ void put(int place, int page) const {
+    if (place < begin || place >= end) return;
+    row[place] = page;
+    if (listed != nullptr) listed[place - begin] = page;
+  }
+};
+
 class PageSelector {
  public:
   // scores[page - row.begin]: the CTA's share, NaN allowed.
   __device__ __forceinline__ PageSelector(const Row& row, Shared& shared, const float* scores)
       : row_(row), s_(shared), scores_(scores) {}
 
-  // Writes the row's chosen pages, ascending, to `selected`. `range` holds most of the scores, best all of them, and is
-  // the same in all CTAs. All threads of the cluster call it.
-  __device__ __forceinline__ void run(float2 range, int32_t* selected) {
-    write_forced(selected);
-    if (row_.ranked == 0) return;
-    if (row_.ranked == row_.last - row_.first) return write_all(selected);
-    const int before = find_threshold(range);
-    write_ranked(selected + row_.first + before);
+  // Hands the row's chosen pages, with their places in ascending order, to `chosen`. `range` holds most of the scores,
+  // best all of them, and is the same in all CTAs. All threads of the row's CTAs call it, and meet afterwards.
+  __device__ __forceinline__ void run(float2 range, const Chosen& chosen) {
+    write_forced(chosen);
+    if (row_.ranked == row_.last - row_.first) {
+      each_page([&](int page, float) { chosen.put(page, page); });
+    } else if (row_.ranked > 0) {
+      write_ranked(chosen, row_.first + find_threshold(range));
+    }
+    meet();
   }
 
  private:
@@ -84,12 +101,12 @@ class PageSelector {
     each_page([&](int, float score) {
       if (is_member(score, members)) atomicAdd(&s_.histogram[bin_of(score, range)], 1);
     });
-    cluster_sync();
+    meet();
     // thread t sums bin 255 - t, so that a prefix sum counts from the top
     const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
-    int count = 0, before = 0;
+    int count = row_.size == 1 ? s_.histogram[bin] : 0, before = 0;
 #pragma unroll 1
-    for (int first = 0; first < row_.size; first += 4) {
+    for (int first = 0; first < row_.size && row_.size > 1; first += 4) {
 #pragma unroll  // four reads of remote memory in flight
       for (int c = first; c < first + 4; ++c) {
         const int theirs = c < row_.size ? get(&s_.histogram[bin], row_.peer(c)) : 0;
@@ -164,7 +181,7 @@ class PageSelector {
     }
     __syncthreads();
     if (threadIdx.x < row_.size) put(&s_.count_inbox[row_.rank], row_.peer(threadIdx.x), make_int2(s_.num_above, s_.num_ties));
-    cluster_sync();
+    meet();
   }
 
   __device__ __forceinline__ int2 counts_before() const {
@@ -183,7 +200,7 @@ class PageSelector {
         mine = make_float2(fminf(mine.x, score), fmaxf(mine.y, score));
       }
     });
-    cluster_sync();  // every CTA has read the histograms, which are cleared next
+    meet();  // every CTA has read the histograms, which are cleared next
     return share_range(row_, s_, mine);
   }
 
@@ -226,24 +243,29 @@ class PageSelector {
     end = min(begin + part, last);
   }
 
-  __device__ __forceinline__ void write_ranked(int32_t* selected) const {
+  __device__ __forceinline__ void write_ranked(const Chosen& chosen, int first) const {
     const unsigned long long threshold = s_.threshold;
     const auto choose = [&](int page) { return rank_key(score_of(page), page) >= threshold; };
-    each_chosen(count_before_warp(choose), choose, [&](int page, int place) { selected[place] = page; });
+    each_chosen(first + count_before_warp(choose), choose, [&](int page, int place) { chosen.put(place, page); });
   }
 
-  __device__ __forceinline__ void write_forced(int32_t* selected) const {
+  __device__ __forceinline__ void write_forced(const Chosen& chosen) const {
     if (row_.rank != 0) return;
     const int recent = row_.total - row_.last;
 #pragma unroll 1
     for (int i = threadIdx.x; i < row_.first + recent; i += kThreads) {
       const bool sink = i < row_.first;
-      selected[sink ? i : i + row_.ranked] = sink ? i : row_.last + i - row_.first;
+      chosen.put(sink ? i : i + row_.ranked, sink ? i : row_.last + i - row_.first);
     }
   }
 
-  __device__ __forceinline__ void write_all(int32_t* selected) const {
-    each_page([&](int page, float) { selected[page] = page; });
+  // Waits for the CTAs that choose together.
+  __device__ __forceinline__ void meet() const {
+    if (row_.size == 1) {
+      __syncthreads();
+    } else {
+      cluster_sync();
+    }
   }
 
   const Row& row_;

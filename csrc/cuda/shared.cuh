@@ -7,6 +7,7 @@ namespace quest {
 // Score groups and attention tiles that are worth a CTA. A CTA then scores at most 144 pages or its part of the longest
 // context over the whole cluster: cuda.py sizes the buffer so.
 constexpr int kMinimumWork = 16;
+constexpr int kListed = 256;  // chosen pages of a CTA that it lists in shared memory
 
 // Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
 struct alignas(128) Shared {
@@ -22,6 +23,7 @@ struct alignas(128) Shared {
   float2 warp_softmax[kWarps][kMaxRows];
   float log_sum[kMaxRows];                   // log2 of a head's sum of exp2 over all pages
   int scan[kWarps];
+  int32_t listed[kListed];
   int threshold_bin, above, in_bin, in_bin_before;
   int num_candidates, num_above, num_ties;
 };
@@ -36,6 +38,7 @@ struct Row {
   int turn;                 // the cluster's CTA that has rank 0
   int begin, end;           // pages that this CTA scores
   bool dense;               // the budget covers the context
+  bool gather;              // every CTA gets all scores and chooses alone
 
   __device__ __forceinline__ static Row make(const DecodeParams& p) {
     Row row;
@@ -64,8 +67,22 @@ struct Row {
     const int share = div_up(div_up(row.total, row.size), 16) * 16;
     row.begin = min(row.rank * share, row.total);
     row.end = min(row.begin + share, row.total);
+    row.gather = row.total <= p.gather_pages && p.stages == (kScore | kSelect | kAttend);
     return row;
   }
+
+  // The same row for a CTA that holds all of its scores.
+  __device__ __forceinline__ Row alone() const {
+    Row row = *this;
+    row.turn = static_cast<int>(blockIdx.x);  // its only peer is itself
+    row.rank = row.begin = 0;
+    row.size = 1;
+    row.end = total;
+    return row;
+  }
+
+  // Chosen pages that a CTA attends to; this one's begin at `rank` times as many.
+  __device__ __forceinline__ int entries() const { return div_up(take, size); }
 
   // The cluster's CTA that has `other` as its rank.
   __device__ __forceinline__ int peer(int other) const { return (other + turn) & (static_cast<int>(gridDim.x) - 1); }
@@ -82,7 +99,11 @@ __device__ __noinline__ float2 share_range(const Row row, Shared& shared, float2
     range = warp_range(lane_id() < kWarps ? shared.warp_range[lane_id()] : make_float2(INFINITY, -INFINITY));
     if (lane_id() < row.size) put(&shared.range_inbox[row.rank], row.peer(lane_id()), range);
   }
-  cluster_sync();
+  if (row.size == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
   return warp_range(lane_id() < row.size ? shared.range_inbox[lane_id()] : make_float2(INFINITY, -INFINITY));
 }
 

@@ -19,7 +19,7 @@ from quest_vllm.ops.build_tools import KernelsUnavailable
 from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
+SHARED_SCORE_BYTES = 33 * 1024  # two CTAs fit an SM, at head_dim 128
 ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
@@ -116,11 +116,15 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8) -> None:
-    """Launch with the scores where they fit."""
+def _launch_decode(
+    params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8, gather_pages: int | None = None
+) -> None:
+    """Launch with the scores where they fit; ``gather_pages`` None: all CTAs of a row get all scores where they fit."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
     # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
     scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
+    if gather_pages is not None:
+        params.gather_pages = min(params.gather_pages, gather_pages)
     _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
     del scratch
 
@@ -139,6 +143,9 @@ def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.d
     share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
     params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
     if 4 * planes * params.shared_pages <= room:
+        if planes == 1:  # room for the whole row, or for as much as fits
+            params.gather_pages = min(-(-shape.max_pages // 16) * 16, room // 64 * 16)
+            params.shared_pages = max(params.shared_pages, params.gather_pages)
         return None
     size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
@@ -231,6 +238,7 @@ def quest_decode(
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
     warps: int = 8,
+    gather_pages: int | None = None,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
@@ -239,6 +247,7 @@ def quest_decode(
     num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded;
     ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
     ``warps`` of a CTA: 8, or 16 for one CTA an SM (head_dim up to 128, at most 8 query heads a selection).
+    ``gather_pages``: rows of more pages are chosen from by their cluster together; None: of more than fit.
     """
     params, shape = _common(
         query,
@@ -264,7 +273,7 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    _launch_decode(params, shape, query, warps)
+    _launch_decode(params, shape, query, warps, gather_pages)
     return out
 
 

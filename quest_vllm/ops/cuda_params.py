@@ -25,7 +25,7 @@ class DecodeParams(ctypes.Structure):
         *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride"),
         *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
         *_fields(ctypes.c_int32, "page_shift block_shift max_pages selected_width"),
-        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size shared_pages"),
+        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size shared_pages gather_pages"),
         *_fields(ctypes.c_float, "bound_radius scale softcap"),
     ]
 
