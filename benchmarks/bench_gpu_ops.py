@@ -4,9 +4,9 @@ usage: bench_gpu_ops.py [--output FILE.json]
 
 32 query and 8 KV heads, head_dim 128, bf16, page size 16, pages in random order. Times are microseconds a layer, the
 median of 20 replays of a CUDA graph with the L2 cache flushed before it. ``alone``: one launch, whose code and data all
-come from memory, the graph's own launch included. ``in_graph``: as many layers, each with its own cache, as keep L2 cold
-for data, which is what a decode step does; divided by their number. ``limit`` is the bytes of the byte model (summaries
-plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean clocks of the fused
+come from memory, the graph's own launch included. ``in_graph``: as many layers, each with its own cache, as keep L2
+cold for data, which is what a decode step does; divided by their number. ``limit`` is the bytes of the byte model
+(summaries plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean clocks of the fused
 launch's CTAs, as shares of its time on the GPU.
 """
 

@@ -16,8 +16,8 @@ constexpr int kMaxCluster = 16;
 constexpr int kMaxRows = 16;       // query heads that share a selection
 constexpr int kTileShift = 4;
 constexpr int kTileTokens = 1 << kTileShift;  // tokens that a warp attends to at a time
-constexpr int kBins = kThreads;    // histogram bins of one selection level, one a thread
-constexpr int kCandidates = kThreads;
+constexpr int kBins = 256;         // histogram bins of one selection level, at most one a thread
+constexpr int kCandidates = 256;
 
 __host__ __device__ __forceinline__ constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
@@ -138,21 +138,6 @@ __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// Sorts as the float does, NaN aside.
-__device__ __forceinline__ uint32_t ordered_bits(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
-  return __uint_as_float(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
-}
-
-// Least and greatest over the warp.
-__device__ __forceinline__ float2 warp_range(float2 range) {
-  return make_float2(from_ordered_bits(__reduce_min_sync(0xFFFFFFFFu, ordered_bits(range.x))),
-                     from_ordered_bits(__reduce_max_sync(0xFFFFFFFFu, ordered_bits(range.y))));
 }
 
 // Exclusive prefix sum over the block's threads, by way of kWarps ints of shared memory.

@@ -31,13 +31,6 @@ __device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, co
   return take_range(row, shared);
 }
 
-// Few rows wait for one read after another: the block table comes while a row's length is read, or the kernel before ends.
-__device__ __forceinline__ void prefetch_table(const DecodeParams& p) {
-  const int block = (static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x)) * 32;
-  if (block << p.block_shift >= p.max_pages) return;
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p.block_table + blockIdx.z * p.table_req_stride + block));
-}
-
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
 template <int D>
 __host__ __device__ constexpr int window_bytes(int rows) {
@@ -56,13 +49,15 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   __shared__ Shared shared;
   extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
-  if (gridDim.x > 2) prefetch_table(p);
   wait_for_previous_kernel();
   mark(p, 0);
-  QueryFragment<D, kHeadTiles> query;  // before the row's length is known: the two reads pass one another
-  query.load(static_cast<const T*>(p.query) + blockIdx.z * p.query_req_stride +
-                 static_cast<int64_t>(blockIdx.y) * p.rows * p.query_head_stride,
+  // the query and the first blocks are asked for before the row's length is known: the reads overlap
+  const Row guess = Row::guess();
+  QueryFragment<D, kHeadTiles> query;
+  query.load(static_cast<const T*>(p.query) + guess.req * p.query_req_stride +
+                 static_cast<int64_t>(guess.head) * p.rows * p.query_head_stride,
              p.query_head_stride, p.rows);
+  const int early_block = PageScorer<T, D, kHeadTiles>::guess_block(p, guess);
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
@@ -81,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   // no score is needed where nothing competes, unless somebody reads them
   const bool competition = !row.dense && row.ranked > 0 && row.ranked < row.last - row.first;
   if (p.stages == kScore ? row.total > 0 : competition && (p.stages & kScore)) {
-    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, p.plane_pages).run(query, shared);
+    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
     if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
   } else if (competition && (p.stages & kSelect)) {
     range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);

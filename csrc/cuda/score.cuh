@@ -40,11 +40,12 @@ class PageScorer {
 
   // Scores the CTA's pages, a warp eight at a time, and meets the cluster. Returns a range that holds most of the row's
   // scores: what the warps saw in their first round.
-  __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared) {
+  __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, int early_block) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
     const int mine = row_.groups();
-    int64_t ahead = look_up(0), beyond = look_up(kLookUp);
+    const bool guessed = row_.size == static_cast<int>(gridDim.x);
+    int64_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
 #pragma unroll 1
     for (int k = -2; k < max(mine, 1); ++k) {
       if (k >= 0 && k < mine) {
@@ -64,15 +65,27 @@ class PageScorer {
     return normalise(shared);
   }
 
+  // This lane's block of the first look-up, if the row turns out to be as guessed; it may be past the row's end.
+  __device__ __forceinline__ static int guess_block(const DecodeParams& p, const Row& guess) {
+    const int page = guess.page(index_of(0));
+    return page < p.max_pages ? p.block_table[guess.req * p.table_req_stride + (page >> p.block_shift)] : 0;
+  }
+
  private:
   static constexpr int kLookUp = 4;  // groups whose blocks the warp looks up at once, one page a lane
 
+  // The page of this lane among the kLookUp groups from `group` on.
+  __device__ __forceinline__ static int index_of(int group) { return Row::first_of(group + lane_id() / 8) + lane_id() % 8; }
+
   // Where the summary of this lane's page begins.
   __device__ __forceinline__ int64_t look_up(int group) const {
-    const int i = Row::first_of(group + lane_id() / 8) + lane_id() % 8;
+    const int i = index_of(group);
     if (i >= row_.count) return 0;
     const int page = row_.page(i);
-    const int64_t block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
+    return place_of(page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
+  }
+
+  __device__ __forceinline__ int64_t place_of(int page, int block) const {
     return block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
   }
 

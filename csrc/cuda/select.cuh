@@ -26,7 +26,7 @@ class PageSelector {
 
   // Before the barrier in front of `find_threshold`.
   __device__ __forceinline__ static void clear(Shared& shared) {
-    shared.histogram[threadIdx.x] = 0;
+    if (threadIdx.x < kBins) shared.histogram[threadIdx.x] = 0;
     if (threadIdx.x == 0) shared.num_candidates = 0;
   }
 
@@ -109,7 +109,7 @@ class PageSelector {
     const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
     int count = 0, before = 0;
 #pragma unroll 1
-    for (int first = 0; first < row_.size; first += 8) {
+    for (int first = 0; bin >= 0 && first < row_.size; first += 8) {
 #pragma unroll  // eight reads of remote memory in flight
       for (int c = first; c < first + 8; ++c) {
         const int theirs = c < row_.size ? get(&s_.histogram[bin], row_.peer(c)) : 0;

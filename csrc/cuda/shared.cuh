@@ -40,13 +40,21 @@ struct Row {
   int count;                // pages that this CTA owns
   bool dense;               // the budget covers the context
 
-  __device__ __forceinline__ static Row make(const DecodeParams& p) {
+  // What is known before the row's length is, as if all CTAs had work.
+  __device__ __forceinline__ static Row guess() {
     Row row;
     row.head = static_cast<int>(blockIdx.y);
     row.req = static_cast<int>(blockIdx.z);
     // clusters begin on the same few SMs: taking turns spreads those CTAs that stay
     row.turn = static_cast<int>((blockIdx.y + blockIdx.z) & (gridDim.x - 1));
     row.rank = static_cast<int>((blockIdx.x - row.turn) & (gridDim.x - 1));
+    row.size = static_cast<int>(gridDim.x);
+    row.shift = 31 - __clz(row.size);
+    return row;
+  }
+
+  __device__ __forceinline__ static Row make(const DecodeParams& p) {
+    Row row = guess();
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
@@ -95,6 +103,21 @@ struct Row {
     for (int group = lane_id() / 8; group - lane_id() / 8 < mine; group += 4) visit(first_of(group) + lane_id() % 8);
   }
 };
+
+// Sorts as the float does, NaN aside.
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
+}
+
+// Least and greatest over the warp.
+__device__ __forceinline__ float2 warp_range(float2 range) {
+  return make_float2(from_ordered_bits(__reduce_min_sync(0xFFFFFFFFu, ordered_bits(range.x))),
+                     from_ordered_bits(__reduce_max_sync(0xFFFFFFFFu, ordered_bits(range.y))));
+}
 
 // The range over the cluster of what its threads find, in two steps, between which a warp may go on with its work. A
 // cluster barrier lies between the steps. `offer`: this warp's part of the range, at least.

@@ -48,11 +48,12 @@ def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
 
 def prepare(head_dim: int) -> None:
     """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
-    library = load(head_dim)
-    for name in ("quest_prepare", "quest_prepare_write"):
-        error = getattr(library, name)()
-        if error:
-            raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
+    for warps, sources in cuda_build.variants(head_dim).items():
+        library = load(head_dim, warps)
+        for name in ("quest_prepare", "quest_prepare_write")[: len(sources)]:
+            error = getattr(library, name)()
+            if error:
+                raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
 
 
 def check_device() -> None:
@@ -117,9 +118,11 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8) -> None:
-    """Launch with the scores where they fit."""
+def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int | None = None) -> None:
+    """Launch with the scores where they fit; ``warps`` None: 16 where a CTA has an SM for itself and room for them."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
+    if warps is None:
+        warps = 16 if alone and shape.rows <= 8 and 16 in cuda_build.variants(shape.head_dim) else 8
     # keeps the scratches alive until the launch is queued; the allocator reuses them in stream order
     scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
     size = (shape.num_reqs, shape.num_select_heads, shape.max_pages + MAX_CLUSTER)
@@ -234,15 +237,15 @@ def quest_decode(
     chosen: torch.Tensor | None = None,
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
-    warps: int = 8,
+    warps: int | None = None,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
     all of it. Returns ``out`` (made when None), the query's shape and dtype. ``chosen`` (zeros ``[num_reqs,
     num_select_heads, max_pages]`` uint8) receives a 1 for each page of the rows that choose; ``timeline`` (``[num_reqs,
-    num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16 for
-    one CTA an SM (head_dim up to 128, at most 8 query heads a selection).
+    num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
+    (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
     params, shape = _common(
         query,
