@@ -23,19 +23,28 @@ struct Vector8 {
 __device__ __forceinline__ float nan_min(float a, float b) { return a != a ? a : b != b ? b : fminf(a, b); }
 __device__ __forceinline__ float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
 
-// source[r]: the token of this call that wrote row r of the page, or -1. Returns whether `token` is the page's last.
-__device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int* source) {
+// The slots around `token` that may lie in its page, one a lane, from the `round`-th 32 on; -1 past the end.
+__device__ __forceinline__ int first_neighbour(const WriteParams& p, int token, int round) {
+  return max(0, token - (1 << p.page_shift) + 1) + 32 * round + lane_id();
+}
+__device__ __forceinline__ int64_t neighbour(const WriteParams& p, int token, int round) {
+  const int other = first_neighbour(p, token, round);
+  return other < min(p.num_tokens, token + (1 << p.page_shift)) ? p.slot_mapping[other] : -1;
+}
+
+// source[r]: the token of this call that wrote row r of the page, or -1. `theirs`: neighbour(p, token, 0). Returns
+// whether `token` is the page's last.
+__device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int64_t theirs, int* source) {
   const int page_size = 1 << p.page_shift;
 #pragma unroll 1
   for (int row = lane_id(); row < page_size; row += 32) source[row] = -1;
   __syncwarp();
   bool later = false;
-  const int end = min(p.num_tokens, token + page_size);
 #pragma unroll 1
-  for (int other = max(0, token - page_size + 1) + lane_id(); other < end; other += 32) {
-    const int64_t theirs = p.slot_mapping[other];
+  for (int round = 0; round < div_up(2 * page_size, 32); ++round) {
+    if (round > 0) theirs = neighbour(p, token, round);
     if (theirs >= 0 && theirs >> p.page_shift == slot >> p.page_shift) {
-      source[theirs & (page_size - 1)] = other;
+      source[theirs & (page_size - 1)] = first_neighbour(p, token, round);
       later |= theirs > slot;
     }
   }
@@ -106,6 +115,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
   if (unit >= static_cast<int64_t>(p.num_tokens) * p.num_kv_heads) return;
   const int token = static_cast<int>(unit / p.num_kv_heads), head = static_cast<int>(unit % p.num_kv_heads);
+  const int64_t neighbours = neighbour(p, token, 0);  // asked for together with the slot itself
   const int64_t slot = p.slot_mapping[token];
   if (slot < 0) return;
   if (p.key != nullptr) {
@@ -121,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
       *reinterpret_cast<uint4*>((i < D / 8 ? key_out : value_out) + at) = vector;
     }
   }
-  if (find_page_rows(p, token, slot, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
+  if (find_page_rows(p, token, slot, neighbours, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
 }
 
 #ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_write_on_host.py

@@ -21,6 +21,7 @@ from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, Decode
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
 ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
+MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
 
@@ -47,11 +48,12 @@ def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
 
 def prepare(head_dim: int) -> None:
     """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
-    library = load(head_dim)
-    for name in ("quest_prepare", "quest_prepare_write"):
-        error = getattr(library, name)()
-        if error:
-            raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
+    for warps, sources in cuda_build.variants(head_dim).items():
+        library = load(head_dim, warps)
+        for name in ("quest_prepare", "quest_prepare_write")[: len(sources)]:
+            error = getattr(library, name)()
+            if error:
+                raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
 
 
 def check_device() -> None:
@@ -116,13 +118,18 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8) -> None:
-    """Launch with the scores where they fit."""
+def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int | None = None) -> None:
+    """Launch with the scores where they fit; ``warps`` None: 16 where a CTA has an SM for itself and room for them."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
-    # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
+    if warps is None:
+        warps = 16 if alone and shape.rows <= 8 and 16 in cuda_build.variants(shape.head_dim) else 8
+    # keeps the scratches alive until the launch is queued; the allocator reuses them in stream order
     scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
+    size = (shape.num_reqs, shape.num_select_heads, shape.max_pages + MAX_CLUSTER)
+    listed = torch.empty(size, dtype=torch.int32, device=query.device)
+    params.listed = listed.data_ptr()
     _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
-    del scratch
+    del scratch, listed
 
 
 def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
@@ -136,11 +143,12 @@ def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
 def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
-    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
-    params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    if 4 * planes * params.shared_pages <= room:
+    share = max(SMALLEST_SHARE, shape.max_pages // params.cluster_size + 1)
+    params.plane_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
+    if 4 * planes * params.plane_pages <= room:
         return None
-    size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
+    params.plane_pages = -(-shape.max_pages // 8) * 8 + 16 * MAX_CLUSTER  # each CTA's part is rounded up
+    size = (shape.num_reqs, shape.num_select_heads, planes, params.plane_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
     params.score_scratch = scratch.data_ptr()
     return scratch
@@ -184,7 +192,6 @@ def _common(
         page_shift=page_size.bit_length() - 1,
         block_shift=pages_per_block.bit_length() - 1,
         max_pages=shape.max_pages,
-        selected_width=shape.max_pages,
         bound_radius=1.0,
         scale=1.0,
         cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
@@ -227,18 +234,18 @@ def quest_decode(
     sink_pages: int = 1,
     recent_pages: int = 2,
     out: torch.Tensor | None = None,
-    selected: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
-    warps: int = 8,
+    warps: int | None = None,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
-    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``selected`` (``[num_reqs,
-    num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded;
-    ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
-    ``warps`` of a CTA: 8, or 16 for one CTA an SM (head_dim up to 128, at most 8 query heads a selection).
+    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``chosen`` (zeros ``[num_reqs,
+    num_select_heads, max_pages]`` uint8) receives a 1 for each page of the rows that choose; ``timeline`` (``[num_reqs,
+    num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
+    (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
     params, shape = _common(
         query,
@@ -255,10 +262,8 @@ def quest_decode(
         return out
     _set_caches(params, key_cache, value_cache, query.dtype)
     _set_summaries(params, summaries, query.dtype)
-    if selected is None:
-        size = (shape.num_reqs, shape.num_select_heads, shape.max_pages)
-        selected = torch.empty(size, dtype=torch.int32, device=query.device)
-    params.selected, params.out = selected.data_ptr(), out.data_ptr()
+    _check_rows(out, "out", query.dtype)
+    params.chosen, params.out = None if chosen is None else chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.timeline = None if timeline is None else timeline.data_ptr()
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
@@ -309,19 +314,37 @@ def select_pages(
     """Run the selection stage alone; see :func:`quest_vllm.ops.reference.select_pages`."""
     num_reqs, heads, max_pages = page_scores.shape
     device = page_scores.device
-    selected = torch.full((num_reqs, heads, max_page_budget), -1, dtype=torch.int32, device=device)
-    if selected.numel() == 0:
-        return selected
+    chosen = torch.zeros(num_reqs, heads, max_pages, dtype=torch.uint8, device=device)
+    if chosen.numel() == 0 or max_page_budget == 0:
+        return torch.full((num_reqs, heads, max_page_budget), -1, dtype=torch.int32, device=device)
     head_dim = cuda_build.HEAD_DIMS[0]  # the stage reads no key
     query = torch.zeros(num_reqs, heads, head_dim, dtype=torch.bfloat16, device=device)
     cache = query.new_zeros(1, heads, page_size, head_dim)
     table = torch.zeros(num_reqs, max_pages, dtype=torch.int32, device=device)
-    params, shape = _common(query, cache, table, seq_lens, page_budgets, False, page_size, cluster_size)
+    budgets = page_budgets.clamp(max=max_page_budget)
+    params, shape = _common(query, cache, table, seq_lens, budgets, False, page_size, cluster_size)
     scores = page_scores.contiguous()
-    params.scores, params.selected, params.stages = scores.data_ptr(), selected.data_ptr(), SELECT
-    params.selected_width, params.sink_pages, params.recent_pages = max_page_budget, sink_pages, recent_pages
+    params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
+    params.sink_pages, params.recent_pages = sink_pages, recent_pages
     _launch_decode(params, shape, query)
-    return selected
+    return _as_list(chosen, max_page_budget)
+
+
+def _as_list(chosen: torch.Tensor, width: int) -> torch.Tensor:
+    """Flags ``[..., max_pages]`` as ascending page numbers ``[..., width]`` int32, -1 padded."""
+    max_pages = chosen.shape[-1]
+    pages = torch.arange(max_pages, dtype=torch.int32, device=chosen.device).expand(chosen.shape)
+    ascending = pages.masked_fill(chosen == 0, max_pages).sort(dim=-1).values[..., :width]
+    ascending = torch.nn.functional.pad(ascending, (0, width - ascending.shape[-1]), value=max_pages)
+    return ascending.masked_fill(ascending == max_pages, -1)
+
+
+def _as_flags(selected_pages: torch.Tensor, max_pages: int) -> torch.Tensor:
+    """The inverse of :func:`_as_list`; entries below 0 are skipped."""
+    size = (*selected_pages.shape[:-1], max_pages + 1)  # the last place takes what is skipped
+    flags = torch.zeros(size, dtype=torch.uint8, device=selected_pages.device)
+    places = torch.where(selected_pages < 0, max_pages, selected_pages).long()
+    return flags.scatter_(-1, places, 1)[..., :max_pages].contiguous()
 
 
 def sparse_paged_attention(
@@ -346,8 +369,8 @@ def sparse_paged_attention(
     per_query_head = selected_pages.shape[1] == query.shape[1]
     params, shape = _common(query, key_cache, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
     _set_caches(params, key_cache, value_cache, query.dtype)
-    selected = selected_pages.contiguous()
-    params.selected, params.selected_width, params.out = selected.data_ptr(), width, out.data_ptr()
+    chosen = _as_flags(selected_pages, shape.max_pages)
+    params.chosen, params.out = chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.stages, params.scale, params.softcap = ATTEND, scale, softcap
     _launch_decode(params, shape, query)
