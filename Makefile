@@ -72,9 +72,9 @@ bench-cpu: env kernels model
 	$(BIN)/python benchmarks/bench_cpu_ops.py --output benchmarks/results/cpu/ops.json
 	$(BIN)/python benchmarks/bench_served.py $(MODEL) --output benchmarks/results/cpu/served.json
 
-# on a GPU machine, with vllm and quest-vllm installed in the current environment
+# on a GPU machine, with vllm and quest-vllm installed in the current environment; MODEL=: a folder with a small model
 test-gpu:
-	$(PYTHON) -m pytest -q tests/kernels
+	QUEST_TEST_MODEL=$(MODEL) $(PYTHON) -m pytest -q -rs tests/kernels tests/gpu
 
 sanitize-gpu:
 	for tool in memcheck racecheck initcheck; do \

@@ -85,7 +85,7 @@ ROWS = (
     Row(
         "Speculative decoding (n-gram)",
         WORKS,
-        "Rows with drafts to verify are dense and counted as such. With a --worker-cls of one's own: refused.",
+        "Every token that is verified is a sparse row of its own. With a --worker-cls of one's own: refused.",
         (f"{_F}/test_speculation.py",),
     ),
     Row(

@@ -9,6 +9,7 @@ import numpy as np
 
 from quest_vllm.metadata import IntArray, RowClasses, measure_traffic
 from quest_vllm.metrics import get_worker_metrics
+from quest_vllm.token_rows import StepRows
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,18 @@ class LayerGroup:
         return 2 * self.head_dim * self.element_size
 
 
-def record_step(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, token_budgets: IntArray) -> None:
-    """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank."""
+def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budgets: IntArray) -> None:
+    """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank.
+
+    ``token_budgets`` is ``[num_rows]``, as ``rows`` and ``step`` are.
+    """
     metrics = get_worker_metrics()
     if group.counts_rows:
         for path, reason, count in rows.counts():
             metrics.rows(path, reason, count)
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
-    traffic = measure_traffic(rows, seq_lens, group.page_size)
+    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests)
     if group.counts_rows and traffic.tokens_available:
         metrics.tokens(traffic.tokens_attended, traffic.tokens_available)
     select_scale = group.num_sparse_layers * group.num_select_heads

@@ -23,7 +23,6 @@ ROW_KINDS = (
     ("dense", "budget_covers_context"),
     ("dense", "prefill"),
     ("dense", "unsupported"),
-    ("dense", "speculative"),
 )
 STAGES = ("update", "score", "select", "attend")
 MEMORY_PARTS = ("kv", "summaries")
@@ -67,7 +66,7 @@ METRICS = {
     for spec in (
         MetricSpec(
             "quest_decode_rows_total",
-            "Rows (requests in a step) by attention path and the reason for it.",
+            "Rows (a decode token, a draft to verify, or a prefill chunk) by attention path and the reason for it.",
             ("path", "reason"),
         ),
         MetricSpec("quest_pages_selected_total", "Pages that sparse rows attended to, over layers and heads."),

@@ -17,7 +17,7 @@ def set_vllm_config(vllm_config: Any) -> None:
 
 
 def one_token_a_step() -> bool:
-    """Whether every decode step yields one token. Under speculation it may yield several, and rows stay dense."""
+    """Whether every decode step yields one token. Under speculation it may yield several."""
     return getattr(_vllm_config, "speculative_config", None) is None
 
 
