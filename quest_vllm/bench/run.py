@@ -122,8 +122,8 @@ def _start(sweep: Sweep, name: str, command: list[str], variables: dict[str, str
     command = [*command, *flags, *options.serve_args]
     shown = command[2:] if command[1] == "-m" else command
     sweep.servers.setdefault(name, {})["command"] = " ".join(shown)
-    with started(command, variables, options.output / f"{name}.log", options.start_timeout) as url:
-        yield url
+    with started(command, variables, options.output / f"{name}.log", options.start_timeout) as server:
+        yield server.url
 
 
 async def _model_of(options: Options) -> str:

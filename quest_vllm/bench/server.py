@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -19,6 +20,14 @@ from quest_vllm.eval.plan import EvalUnavailable
 PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "stat_logger", "io_processor"))
 LOCAL = "127.0.0.1"
 GRACE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is healthy."""
+
+    url: str
+    process: subprocess.Popen[bytes]
 
 
 def quest_command(model: str) -> list[str]:
@@ -56,8 +65,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float) -> Iterator[str]:
-    """Run ``command`` on a free port until the block ends; yields its URL once it is healthy.
+def started(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float) -> Iterator[Running]:
+    """Run ``command`` on a free port until the block ends; yields once it is healthy.
 
     Raises :class:`EvalUnavailable` with the end of its log where it does not come up in ``timeout`` seconds.
     """
@@ -70,7 +79,7 @@ def started(command: Sequence[str], environment: Mapping[str, str], log: Path, t
     try:
         url = f"http://{LOCAL}:{port}"
         _wait(process, url, log, timeout)
-        yield url
+        yield Running(url, process)
     finally:
         _stop(process)
 
