@@ -208,7 +208,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Run; see the module's docstring."""
-    arguments = parse()
+    arguments, at = parse(), commit()
     paths = [str(HERE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **machine_environment(), "VLLM_SERVER_DEV_MODE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -219,7 +219,7 @@ def main() -> int:
     report = {
         "benchmark": "soak",
         "command": " ".join(sys.argv),
-        "commit": commit(),
+        "commit": at,
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("quest-vllm", "vllm", "torch")},
         "settings": {name: str(value) for name, value in vars(arguments).items()},
