@@ -209,6 +209,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run; see the module's docstring."""
     arguments, at = parse(), commit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped either way
     paths = [str(HERE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **machine_environment(), "VLLM_SERVER_DEV_MODE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)

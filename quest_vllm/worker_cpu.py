@@ -22,11 +22,15 @@ class QuestCpuWorker(compat.cpu_worker().CPUWorker):  # type: ignore[misc,name-d
     def init_device(self) -> None:
         """Make the model runner, then give its batch the tap unless it has one."""
         super().init_device()
-        processors = self.model_runner.input_batch.logitsprocs
+        batch = getattr(self.model_runner, "input_batch", None)  # runner V2 has none, and neither of the two faults
+        if batch is None:
+            return
+        processors = batch.logitsprocs
         if not any(isinstance(processor, QuestBudgetTap) for processor in processors.all):
             processors.argmax_invariant.append(QuestBudgetTap(self.vllm_config))
 
     def sample_tokens(self, *arguments: Any, **named: Any) -> Any:
         """The step's sampling, after which draws for unfinished prefills are taken back."""
-        keep_seeds(self.model_runner)
+        if hasattr(self.model_runner, "input_batch"):
+            keep_seeds(self.model_runner)
         return super().sample_tokens(*arguments, **named)
