@@ -103,7 +103,9 @@ async def watch(process: psutil.Process, samples: list[dict[str, Any]], start: f
     while True:
         samples.append({"seconds": round(time.monotonic() - start, 1), "mib": resident(process)})
         print(
-            f"{samples[-1]}, {tally.done.total()} actions, findings: {tally.findings[-2:]}", file=sys.stderr, flush=True
+            f"{samples[-1]}, {tally.done.total()} actions, {len(tally.suspects)} suspects, {tally.findings[-2:]}",
+            file=sys.stderr,
+            flush=True,
         )
         await asyncio.sleep(SAMPLE_SECONDS)
 
@@ -143,6 +145,7 @@ async def drive(url: str, pid: int, arguments: argparse.Namespace) -> dict[str, 
     watcher.cancel()
     seconds = time.monotonic() - start
     closing = await close_with_audit(load)
+    await load.ask_suspects_again()
     counters = read_metrics((await load.client.get("/metrics")).text)
     healthy = (await load.client.get("/health")).status_code == 200
     await load.client.aclose()
@@ -153,6 +156,7 @@ async def drive(url: str, pid: int, arguments: argparse.Namespace) -> dict[str, 
         "statuses": dict(sorted(tally.statuses.items())),
         "answer_tokens": tally.tokens,
         "answers_that_vary_their_code": tally.drifted,
+        "answers_without_their_code_alone_too": tally.slips,
         "findings": tally.findings,
         "counters": counters,
         "closing_audit": closing,

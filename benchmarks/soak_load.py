@@ -1,7 +1,9 @@
 """The mixed load of soak.py, and what it checks of every answer.
 
 Each generation carries a code of three words that its prompt repeats until the model goes on repeating it: the answer
-must hold that code, and no code of another request. A stream also names its request id, which every chunk must carry.
+must hold that code, and no code of another request. A small model slips now and then without anybody's help: an answer
+without its code is asked for again, alone, once the load is over, and is a finding unless it slips there too. A stream
+also names its request id, which every chunk must carry.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ CODE_WORDS = (
     "basket candle feather hammer island jacket kitten ladder mirror needle oyster pirate rabbit saddle temple walnut"
 ).split()
 CODES = list(itertools.permutations(CODE_WORDS, 3))
-REPEATED = 8
+REPEATED = 16
 ACTIONS = {"stream": 10, "whole": 3, "chat": 2, "several": 1, "abort": 4, "malformed": 4, "look": 1}
 
 
@@ -38,6 +40,10 @@ class Tally:
     tokens: int = 0
     drifted: int = 0
     """Answers that vary their own code somewhere: the model's own doing."""
+    suspects: list[dict[str, Any]] = field(default_factory=list)
+    """Answers without their code, and their requests."""
+    slips: list[dict[str, Any]] = field(default_factory=list)
+    """Those that lack it alone, too."""
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def find(self, action: str, what: str, **details: Any) -> None:
@@ -141,7 +147,7 @@ class Load:
                         begun()
                         text += choice["text"]
                         reason = choice["finish_reason"] or reason
-        self.check_text("stream", code, text)
+        self.check_text("stream", code, text, body)
         if not ended or reason != "length" or not usage or usage["completion_tokens"] != tokens:
             self.tally.find("stream", "incomplete", ended=ended, reason=reason, usage=usage, tokens=tokens)
         if ids != {f"cmpl-{name}"}:
@@ -151,9 +157,10 @@ class Load:
     async def whole(self) -> None:
         """A completion in one piece."""
         code, tokens, budget = self.next_code(), self.random.randint(16, 120), self.random.choice(self.budgets)
-        reply = await self.post("whole", "/v1/completions", self.body(code, tokens, budget))
+        body = self.body(code, tokens, budget)
+        reply = await self.post("whole", "/v1/completions", body)
         if reply:
-            self.check_text("whole", code, reply["choices"][0]["text"])
+            self.check_text("whole", code, reply["choices"][0]["text"], body)
             self.check_usage("whole", reply["usage"], budget)
 
     async def several(self) -> None:
@@ -165,7 +172,7 @@ class Load:
             if len(reply["choices"]) != 3:
                 self.tally.find("several", f"expected 3 choices, got {len(reply['choices'])}")
             for choice in reply["choices"]:
-                self.check_text("several", code, choice["text"])
+                self.check_text("several", code, choice["text"], body)
 
     async def chat(self) -> None:
         """A chat, in one piece."""
@@ -223,14 +230,32 @@ class Load:
         reply: dict[str, Any] = answer.json()
         return reply
 
-    def check_text(self, action: str, code: Code, text: str) -> None:
+    def check_text(self, action: str, code: Code, text: str, body: dict[str, Any]) -> None:
         """The answer holds its own code, and none that another request may have."""
         if " ".join(code) not in text:
-            self.tally.find(action, "its code is missing", code=code, text=text[:300])
+            self.tally.suspects.append({"action": action, "code": code, "text": text[:300], "body": body})
         others = [words for words in codes_in(text) if words != set(code)]
         if any(len(words - set(code)) > 1 for words in others):
             self.tally.find(action, "another request's code", code=code, text=text[:300])
         self.tally.drifted += bool(others)
+
+    async def ask_suspects_again(self) -> None:
+        """Each alone, on a server without load: what only the load brought about is a finding."""
+        for suspect in self.tally.suspects:
+            body = suspect.pop("body")
+            again = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
+            reply = await self.post("alone", "/v1/completions", again)
+            texts = [choice["text"][:300] for choice in reply["choices"]] if reply else []
+            told = {"budget": body.get("sparse_attention"), "prompt_words": len(body["prompt"].split()), "alone": texts}
+            if all(" ".join(suspect["code"]) in text for text in texts):
+                self.tally.find(
+                    suspect["action"],
+                    "its code is missing under load",
+                    **{k: v for k, v in suspect.items() if k != "action"},
+                    **told,
+                )
+            else:
+                self.tally.slips.append({**suspect, **told})
 
     def check_usage(self, action: str, usage: dict[str, Any] | None, budget: int | None) -> None:
         """The reply tells the budget that was asked for."""
