@@ -23,6 +23,7 @@ examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
   quest-vllm eval MODEL_OR_URL                  scores, KL and text against dense attention, by token budget
+  quest-vllm bench MODEL_OR_URL                 latency and throughput by context, batch and token budget
   quest-vllm serve MODEL --quest-audit 1000     check page summaries while serving, every 1000 steps
   quest-vllm serve MODEL --quest-page           a page at /quest: one prompt, several budgets side by side
   quest-vllm check                              versions, kernels and configuration of this machine
@@ -104,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from quest_vllm.eval.cli import main as evaluate
 
         return evaluate(arguments[1:])
+    if arguments[:1] == ["bench"]:
+        from quest_vllm.bench.cli import main as bench
+
+        return bench(arguments[1:])
     if arguments[:1] == ["calibrate"]:
         from quest_vllm.eval.calibrate_cli import main as calibrate
 
@@ -115,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="vllm serve with sparse decode on", add_help=False)
     commands.add_parser("eval", help="what a token budget costs in quality, on your model", add_help=False)
+    commands.add_parser("bench", help="what a token budget saves in time, on your machine", add_help=False)
     commands.add_parser("calibrate", help="which layers of your model must stay dense", add_help=False)
     check.add_arguments(commands.add_parser("check", help="what this machine can do, what is refused, what to expect"))
     parsed = parser.parse_args(arguments)

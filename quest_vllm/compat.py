@@ -8,6 +8,7 @@ that importing quest_vllm neither imports vLLM nor touches a device.
 | ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends own their spec |
 | ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
 | ``v1.worker.cpu_worker.CPUWorker`` subclass | V1 drops plugins' logits processors when it speculates | V1 keeps them |
+| ``compat_seeds.py``: its sampling with seeds | V1 ends the engine at a chunked prefill with a seed | V1 does not |
 | ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
 """
 

@@ -16,6 +16,7 @@ from quest_vllm.budget import set_budget_limits
 from quest_vllm.compat_metrics import AggregateStatLoggerBase
 from quest_vllm.metrics_files import FilesCollector, is_multiprocess, metrics_dir
 from quest_vllm.runtime import activate
+from quest_vllm.server import spans
 from quest_vllm.server.facts import set_vllm_config
 
 _registered: tuple[int, str] | None = None
@@ -28,6 +29,7 @@ class QuestStatLogger(AggregateStatLoggerBase):
         config = activate(vllm_config)
         set_vllm_config(vllm_config)
         set_budget_limits(config, vllm_config.model_config.max_model_len)
+        spans.install(vllm_config)
         if not is_multiprocess():
             _register_collector(config.metrics_dir)
 

@@ -49,7 +49,9 @@ def _task_help() -> str:
     return "\n".join(lines)
 
 
-def _numbers(low: int) -> Callable[[str], tuple[int, ...]]:
+def numbers(low: int) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers of at least ``low`` between commas, each once."""
+
     def parse(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(number(low)(part) for part in text.split(",")))
 
@@ -67,8 +69,8 @@ def number(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _budgets(text: str) -> tuple[int, ...]:
-    """Dense first, then from large to small."""
+def budget_list(text: str) -> tuple[int, ...]:
+    """An argparse type: budgets between commas; dense, always among them, first, then from large to small."""
     parts = [part.strip() for part in text.split(",")]
     sparse = {number(1)(part) for part in parts if part not in ("dense", "0")}
     return (DENSE, *sorted(sparse, reverse=True))
@@ -110,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--budgets",
-        type=_budgets,
+        type=budget_list,
         default="dense,2048,1024,512,256",
         metavar="B,...",
         help="default %(default)s; dense is always measured",
@@ -125,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--context",
-        type=_numbers(64),
+        type=numbers(64),
         default="4096",
         metavar="N,...",
         help="exact prompt lengths in tokens; default %(default)s",

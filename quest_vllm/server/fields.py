@@ -51,13 +51,14 @@ class Asked:
     ``budget``: a legal budget in tokens, :data:`~quest_vllm.budget.ABSENT` if none is named. ``model``: the aliased
     name to answer with, or None.
     ``one_sequence``: one prompt, one answer, one generation. ``countable``: whether several sequences can be told apart
-    by the token ids of their choices.
+    by the token ids of their choices. ``request_id``: the body's own name for the request, or None.
     """
 
     budget: object = ABSENT
     model: str | None = None
     one_sequence: bool = False
     countable: bool = False
+    request_id: str | None = None
 
 
 def read_request(body: bytes, limits: BudgetLimits, served: Collection[str] | None = None) -> tuple[bytes, Asked]:
@@ -99,7 +100,10 @@ def _merge(request: dict[str, Any], limits: BudgetLimits, served: Collection[str
     if budget is not ABSENT and (xargs is None or isinstance(xargs, dict)):
         request[XARGS] = {**(xargs or {}), XARG: budget}
     one, several = _is_one_sequence(request), not _is_opaque(request)
-    return Asked(budget, model if alias is not None else None, one, several), changed
+    name = request.get("request_id")
+    return Asked(
+        budget, model if alias is not None else None, one, several, name if isinstance(name, str) else None
+    ), changed
 
 
 def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:

