@@ -1,4 +1,5 @@
-# make serve | test | lint | docs | docs-generate | bench-cpu | test-gpu | sanitize-gpu | bench-gpu | clean
+# make serve | test | lint | docs | docs-generate | dist | licences | audit | test-matrix | bench-cpu | test-gpu |
+#      sanitize-gpu | bench-gpu | clean
 PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
@@ -11,7 +12,7 @@ SERVE_FLAGS := --host $(HOST) --port $(PORT) --served-model-name $(MODEL_NAME) -
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: run serve test lint docs docs-generate types env model kernels test-gpu sanitize-gpu bench-cpu bench-gpu clean
+.PHONY: run serve test lint docs docs-generate env model kernels dist licences audit test-matrix test-gpu sanitize-gpu bench-cpu bench-gpu clean
 
 env: $(VENV)/.ready
 
@@ -68,6 +69,12 @@ docs: env
 docs-generate: env
 	$(BIN)/python docs/generate.py
 
+# sdist, and from it a wheel, into dist/; the same commit gives the same bytes
+dist: env
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
 bench-cpu: env kernels model
 	$(BIN)/python benchmarks/bench_cpu_ops.py --output benchmarks/results/cpu/ops.json
 	$(BIN)/python benchmarks/bench_served.py $(MODEL) --output benchmarks/results/cpu/served.json
@@ -86,4 +93,4 @@ bench-gpu:
 	$(PYTHON) benchmarks/bench_gpu_engine.py --output benchmarks/results/gpu/$$(date +%F)-engine.json
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info
