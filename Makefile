@@ -89,6 +89,10 @@ tag-check:
 lock: env
 	$(BIN)/python docker/make_lock.py
 
+# every Python and vLLM that can be had here (ARGS="--only NAME --tests PATH"); an environment takes 4 to 8 GB
+test-matrix: env kernels model
+	$(BIN)/python release/test_matrix.py $(ARGS)
+
 licences: env
 	$(BIN)/python release/licences.py
 
