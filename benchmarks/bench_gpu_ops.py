@@ -193,7 +193,7 @@ def run_write(batch: int) -> dict[str, Any]:
         compat.custom_ops().reshape_and_cache_flash(key, value, *rows, slots, "auto", one, one)
 
     def ours(views: PageViews) -> None:
-        cuda.write_kv(key, value, views.keys, views.values, views.summaries, slots, page_size=PAGE)
+        cuda.KvWriter(views.keys, views.values, views.summaries, page_size=PAGE)(key, value, slots)
 
     return {"batch": batch, "stock_write": layers.time(stock), "write_with_summaries": layers.time(ours)}
 

@@ -11,6 +11,7 @@ uniform-decode graph; there FlashAttention serves the dense rows and the sparse 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +269,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         self.config: QuestConfig = start_up(vllm_config)
         self._ops: Ops = load_ops(self.config.implementation, "cuda", shape=self._shape(vllm_config))
         self._views = BoundViews(self.head_size, self.config.page_size)
+        self._writer: tuple[PageViews, Callable[..., None]] | None = None
+        self._attend = compat.flash_attn_varlen_func()
         self._sparse_layer: bool | None = None
 
     def _shape(self, vllm_config: Any) -> LayerShape:
@@ -286,19 +289,15 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
         views, page_size = self._views.of(kv_cache), self.config.page_size
         has_summaries = self.sliding_window == (-1, -1)
-        if has_summaries and self._ops.write_kv is not None:
-            caches = (views.keys, views.values, views.summaries)
-            self._ops.write_kv(key, value, *caches, slot_mapping, page_size=page_size)
+        if has_summaries and self._ops.kv_writer is not None:
+            if self._writer is None or self._writer[0] is not views:
+                caches = (views.keys, views.values, views.summaries)
+                self._writer = (views, self._ops.kv_writer(*caches, page_size=page_size))
+            self._writer[1](key, value, slot_mapping)
             return
+        scales = (layer._k_scale, layer._v_scale)
         compat.custom_ops().reshape_and_cache_flash(
-            key,
-            value,
-            views.keys.transpose(1, 2),
-            views.values.transpose(1, 2),
-            slot_mapping,
-            self.kv_cache_dtype,
-            layer._k_scale,
-            layer._v_scale,
+            key, value, *views.by_token, slot_mapping, self.kv_cache_dtype, *scales
         )
         if has_summaries:
             self._ops.update_page_summaries(views.keys, views.summaries, slot_mapping, page_size=page_size)
@@ -366,10 +365,11 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         )
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:
-        compat.flash_attn_varlen_func()(
+        keys, values = views.by_token
+        self._attend(
             q=query,
-            k=views.keys.transpose(1, 2),
-            v=views.values.transpose(1, 2),
+            k=keys,
+            v=values,
             out=output,
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len,

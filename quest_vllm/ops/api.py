@@ -41,8 +41,9 @@ class LayerShape:
 class Ops:
     """The operations of one implementation, with the signatures of :mod:`quest_vllm.ops.reference`.
 
-    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``write_kv``, where there is one,
-    stores keys and values and updates the summaries in one launch (see :func:`quest_vllm.ops.cuda.write_kv`).
+    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``kv_writer``, where there is
+    one, makes what stores keys and values and updates the summaries in one launch (see
+    :class:`quest_vllm.ops.cuda.KvWriter`).
     """
 
     name: str
@@ -51,7 +52,7 @@ class Ops:
     select_pages: Callable[..., torch.Tensor]
     sparse_paged_attention: Callable[..., torch.Tensor]
     quest_decode: Callable[..., torch.Tensor]
-    write_kv: Callable[..., None] | None = None
+    kv_writer: Callable[..., Callable[..., None]] | None = None
 
 
 def compose(
@@ -101,7 +102,7 @@ def compose(
 def _from_module(name: str, module: Any) -> Ops:
     stages = (module.score_pages, module.select_pages, module.sparse_paged_attention)
     fused = getattr(module, "quest_decode", None) or compose(*stages)
-    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "write_kv", None))
+    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "KvWriter", None))
 
 
 def _eager(name: str, module: Any, kv_format: str) -> Ops:

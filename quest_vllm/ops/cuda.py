@@ -404,46 +404,31 @@ def sparse_paged_attention(
     return out
 
 
-def summary_params(
-    key_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
-    value_cache: torch.Tensor | None = None,
+def _cache_params(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, page_size: int
 ) -> WriteParams:
-    """Parameters of a launch that refreshes summaries and stores nothing; ``value_cache`` for those who add to it."""
     check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
-    _check_index(slot_mapping, "slot_mapping", torch.int64)
     params = WriteParams(
-        slot_mapping=slot_mapping.data_ptr(),
-        num_tokens=slot_mapping.shape[0],
         num_kv_heads=key_cache.shape[1],
         page_shift=page_size.bit_length() - 1,
         block_shift=key_cache.shape[2].bit_length() - 1,
     )
     _set_summaries(params, summaries, key_cache.dtype)
-    _set_caches(params, key_cache, key_cache if value_cache is None else value_cache, key_cache.dtype)
+    _set_caches(params, key_cache, value_cache, key_cache.dtype)
     return params
 
 
-def write_params(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
+def _set_slots(params: WriteParams, slot_mapping: torch.Tensor) -> None:
+    _check_index(slot_mapping, "slot_mapping", torch.int64)
+    params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
+
+
+def summary_params(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
 ) -> WriteParams:
-    """Parameters of :func:`write_kv`."""
-    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size, value_cache=value_cache)
-    _check_rows(key, "key", key_cache.dtype)
-    _check_rows(value, "value", key_cache.dtype)
-    params.key, params.value = key.data_ptr(), value.data_ptr()
-    params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
-    params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+    """Parameters of a launch that refreshes summaries and stores nothing."""
+    params = _cache_params(key_cache, key_cache, summaries, page_size)
+    _set_slots(params, slot_mapping)
     return params
 
 
@@ -458,20 +443,34 @@ def update_page_summaries(
     _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 
 
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
-) -> None:
-    """Store ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]`` and refresh the summaries, in one launch.
+class KvWriter:
+    """Stores keys and values into one layer's cache and refreshes the summaries, in one launch a call.
 
-    Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
-    :func:`update_page_summaries`.
+    What depends on the cache alone is worked out once: in an eager step every microsecond of Python counts. Caches and
+    summaries as for :func:`quest_vllm.ops.reference.update_page_summaries`, ``value_cache`` like ``key_cache``.
     """
-    params = write_params(key, value, key_cache, value_cache, summaries, slot_mapping, page_size=page_size)
-    _launch("quest_write_kv", key_cache.shape[3], params, key.dtype)
+
+    def __init__(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, *, page_size: int
+    ) -> None:
+        self._params = _cache_params(key_cache, value_cache, summaries, page_size)
+        self._head_dim, self._dtype = key_cache.shape[3], key_cache.dtype
+
+    def fill(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> WriteParams:
+        """Parameters of the next launch, valid until the next call."""
+        params = self._params
+        _check_rows(key, "key", self._dtype)
+        _check_rows(value, "value", self._dtype)
+        _set_slots(params, slot_mapping)
+        params.key, params.value = key.data_ptr(), value.data_ptr()
+        params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
+        params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+        return params
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``.
+
+        Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
+        :func:`update_page_summaries`.
+        """
+        _launch("quest_write_kv", self._head_dim, self.fill(key, value, slot_mapping), self._dtype, 8)

@@ -270,11 +270,12 @@ def test_writing_in_chunks(shape: tuple[int, ...], chunk: int) -> None:
     cache = torch.full((*views.keys.shape[:3], 2 * keys.shape[2]), float("nan"), dtype=keys.dtype, device=DEVICE)
     extra = torch.full_like(views.summaries, float("nan"))
     into = (cache[..., : keys.shape[2]].contiguous(), cache[..., keys.shape[2] :].contiguous(), extra)
+    write = cuda.KvWriter(*into, page_size=case.page_size)
     for first in range(0, len(slots), chunk):
         part = slice(first, first + chunk)
         padded = torch.cat([slots[part], slots.new_full((3,), -1)])
         rows = [torch.cat([rows[part], rows.new_zeros(3, *rows.shape[1:])]) for rows in (keys, values)]
-        cuda.write_kv(*rows, *into, padded, page_size=case.page_size)
+        write(*rows, padded)
     written = views.summaries.isfinite()
     assert torch.equal(extra[written], views.summaries[written])
     assert torch.equal(into[0][slots // block_size, :, slots % block_size], keys)
