@@ -7,6 +7,7 @@ import torch
 
 from quest_vllm.ops import reference, torch_ops
 from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.page_layout import split_chunks
 from tests.kernels.paged import PagedCase, make_case
 
 PAGE, BLOCK, BUDGET = 16, 32, 4
@@ -61,6 +62,28 @@ def test_a_verify_token_attends_as_if_the_drafts_behind_it_were_not_there(name: 
         reference.update_page_summaries(alone.views.keys, alone.views.summaries, alone.slots(), page_size=PAGE)
         single = attend(ops, alone, query[row : row + 1], [own], reduction)
         assert torch.equal(together[row : row + 1], single), f"token {row}, context {own}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_verify_tokens_and_passed_over_rows_in_one_launch(name: str) -> None:
+    """As in a graph: rows of one request share a block table, rows that the chain passes over have length 0."""
+    ops = load_ops(name, "cuda")
+    case = make_case([250, 400], block_size=BLOCK, page_size=PAGE, dtype=torch.bfloat16)
+    lengths = [247, 248, 249, 250, 0, 0, 0, 0, 397, 398, 399, 400]
+    budgets = [BUDGET] * 4 + [0] * 4 + [6] * 4
+    query = torch.randn(12, 4, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    table = case.block_table[[0] * 4 + [1] * 8].contiguous()
+    rows = (torch.tensor(lengths, dtype=torch.int32), torch.tensor(budgets, dtype=torch.int32))
+    caches = (case.views.keys, case.views.values, case.views.summaries)
+    wanted = load_ops("reference", "cpu").quest_decode(query, *caches, table, *rows, page_size=PAGE, scale=0.125)
+    content = torch.cat([part.flatten(2) for part in caches], dim=2).cuda()
+    views = split_chunks(content.unflatten(2, (BLOCK, -1)), 64, PAGE)
+    on_gpu = (views.keys, views.values, views.summaries, table.cuda(), *(row.cuda() for row in rows))
+    found = ops.quest_decode(query.cuda(), *on_gpu, page_size=PAGE, scale=0.125).cpu()
+    served = torch.tensor(budgets) > 0
+    torch.testing.assert_close(found[served], wanted[served], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("update", [reference.update_page_summaries, torch_ops.update_page_summaries])
