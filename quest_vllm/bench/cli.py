@@ -11,14 +11,15 @@ from pathlib import Path
 
 from quest_vllm.bench.plan import AGAINST, FEWEST_TOKENS, Options
 from quest_vllm.errors import QuestError
-from quest_vllm.eval.cli import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, budget_list, number, numbers
+from quest_vllm.eval.cli import budget_list, number, numbers
 from quest_vllm.eval.plan import EvalUnavailable
+from quest_vllm.exit_codes import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, help_text
 
 DESCRIPTION = """\
 Measure what a token budget saves in time: latency and throughput over context lengths, batch sizes and budgets, each
 against dense attention (or stock vLLM) in the same run.
 """
-EPILOG = """\
+EPILOG = f"""\
 examples:
   quest-vllm bench MODEL                                   starts a server, measures dense, 1024 and 512, stops it
   quest-vllm bench MODEL --context 4096,16384,65536 --batch 1,8 --budgets dense,2048,1024 --repeats 3
@@ -38,8 +39,7 @@ what is measured:
 results in --output: results.json (every sample, versions, settings), results.png and results.svg (where matplotlib is
 installed), and the log of each server that was started. An interrupted sweep leaves what it has.
 
-exit codes: 0 every round is there; 1 some failed (the table leaves them out); 2 bad usage; 3 a server cannot be
-started or used; 130 interrupted.
+{help_text("bench")}
 """
 
 

@@ -17,10 +17,10 @@ from quest_vllm.eval.run import evaluate
 from quest_vllm.eval.session import Options
 from quest_vllm.eval.tasks import TASKS
 from quest_vllm.eval.text import CONTINUATION, TEXT
+from quest_vllm.exit_codes import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, help_text
 
-DONE, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 DESCRIPTION = "Measure what a token budget costs in quality: scores, KL and text against dense attention, same run."
-EPILOG = """\
+EPILOG = f"""\
 examples:
   quest-vllm eval MODEL                                   in process: both ways of reading a question, KL and NLL
   quest-vllm eval MODEL --tasks needle_multikey,text --context 4096,16384 --budgets dense,1024,256 --items 50
@@ -35,8 +35,7 @@ where the question is read (--question):
 results in --output: items.jsonl (one line a measurement; the same command goes on from there, and more budgets,
 tasks or contexts may be added), results.json (everything, with intervals), results.png (where matplotlib is installed).
 
-exit codes: 0 every measurement is there; 1 some failed (the table leaves them out; run again to retry);
-2 bad usage; 3 the server or the engine cannot be used; 130 interrupted (run again to go on).
+{help_text("eval")}
 
 tasks:
 """
