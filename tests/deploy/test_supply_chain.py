@@ -228,7 +228,8 @@ def test_matrix_in_the_documentation_is_current() -> None:
 
 def test_matrix_says_what_failed_and_what_was_not_made() -> None:
     report = ElementTree.fromstring(
-        "<testsuite><testcase file='tests/a.py' name='one'/><testcase file='tests/a.py' name='two'><skipped/></testcase>"
+        "<testsuite><testcase file='tests/a.py' name='one'/>"
+        "<testcase file='tests/a.py' name='two'><skipped/></testcase>"
         "<testcase file='tests/a.py' name='three'><failure/></testcase></testsuite>"
     )
     found = test_matrix.counts(report)
