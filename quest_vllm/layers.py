@@ -64,8 +64,8 @@ def refuse_connectors(transfer: Any) -> None:
         if name and name.startswith("LMCache"):
             raise compat.UnsupportedVllm(
                 f"quest_vllm does not support the KV connector {name}: it stores keys and values by token, and "
-                "would leave the page summaries of their blocks behind; use a connector that moves whole blocks, or "
-                "start without --attention-backend CUSTOM"
+                "nothing shows that the page summaries of their blocks travel with them; use a connector that moves "
+                "whole blocks, or start without --attention-backend CUSTOM"
             )
 
 

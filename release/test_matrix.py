@@ -26,8 +26,10 @@ from release.matrix_envs import ENTRIES, ROOT, CannotMake, Entry
 RESULTS = ROOT / "benchmarks/results/cpu/test-matrix.json"
 PAGE = ROOT / "docs/upgrade-vllm.md"
 BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"
-TESTS = ("tests/unit", "tests/kernels/test_api.py", "tests/kernels/test_cpu_ops.py", "tests/engine")
-TESTS += ("tests/e2e/test_server.py", "tests/features")
+TESTS = (
+    *("tests/unit", "tests/kernels/test_api.py", "tests/kernels/test_cpu_ops.py", "tests/engine"),
+    *("tests/e2e/test_server.py", "tests/features"),
+)
 VERSIONS = (
     "import json, platform, torch; from quest_vllm.compat import vllm_version;"
     "print(json.dumps({'python': platform.python_version(), 'torch': torch.__version__, 'vllm': vllm_version()}))"

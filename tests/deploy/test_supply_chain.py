@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -19,8 +21,10 @@ from packaging.utils import canonicalize_name
 
 from docker.run_steps import parse
 from docker.stub_wheels import STUBS, write_stub
-from release import check_tag
+from quest_vllm.compat import SUPPORTED_VLLM
+from release import check_tag, test_matrix
 from release.licences import SERVING, TOOLS, Distribution, alternatives, closure, installed, refusals
+from release.matrix_envs import ENTRIES
 from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"
@@ -211,3 +215,31 @@ def test_workflows_try_every_python_that_the_package_allows() -> None:
     for workflow, job in (("tests", "tests"), ("wheels", "install")):
         path = ROOT / f".github/workflows/{workflow}.yml"
         assert jobs(path)[job]["strategy"]["matrix"]["python"] == expected
+
+
+# --- the matrix of Python and vLLM versions ---
+
+
+def test_matrix_in_the_documentation_is_current() -> None:
+    page = test_matrix.PAGE.read_text()
+    assert page == test_matrix.render(page, json.loads(test_matrix.RESULTS.read_text())), "make test-matrix"
+    assert set(json.loads(test_matrix.RESULTS.read_text())) <= {entry.name for entry in ENTRIES}
+
+
+def test_matrix_says_what_failed_and_what_was_not_made() -> None:
+    report = ElementTree.fromstring(
+        "<testsuite><testcase file='tests/a.py' name='one'/>"
+        "<testcase file='tests/a.py' name='two'><skipped/></testcase>"
+        "<testcase file='tests/a.py' name='three'><failure/></testcase></testsuite>"
+    )
+    found = test_matrix.counts(report)
+    assert found == {"passed": 1, "skipped": 1, "failed": ["tests/a.py::three"]}
+    versions = {"python": "3.11.9", "vllm": "0.32.0", "torch": "2.13.0", "commit": "abc"}
+    first, second, *_ = (entry.name for entry in ENTRIES)
+    rows = test_matrix.table({first: {**versions, **found}, second: {"commit": "abc", "not_made": "no such Python"}})
+    assert "| 1 | 1 | `a.py::three` | abc |" in rows and f"| {second} | not run: no such Python |" in rows
+    assert rows.count("not run: never") == len(ENTRIES) - 2
+
+
+def test_matrix_has_every_vllm_that_is_supported() -> None:
+    assert {re.search(r"vllm-(\d+\.\d+)", entry.name)[1] for entry in ENTRIES} == set(SUPPORTED_VLLM)  # type: ignore[index]
