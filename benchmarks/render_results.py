@@ -38,23 +38,18 @@ def engine_lines() -> list[str]:
     return [lines[case] for case in sorted(lines)]
 
 
-def chain_lines() -> list[str]:
-    """Attention of one layer on a GPU."""
+def chain_lines(rows: str = "cases") -> list[str]:
+    """Attention of one layer on a GPU; ``rows`` "dense_rows": of requests whose budget covers their context."""
     loaded = newest("h*/*-chain.json")
     if loaded is None:
         return []
     document, path = loaded
     against = f"FlashAttention 3, {document['gpu']}"
-    measured = "fused CUDA launch, among other layers"
-    lines = [
-        f"| one layer, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | {measured} | "
-        f"{against} | {c['speedup']['in_graph']:.1f}x ({c['speedup']['alone']:.1f}x alone) | [json]({path}) |"
-        for c in document["cases"]
-    ]
-    return lines + [
-        f"| one layer, {size(c['context'])} x{c['batch']}, budget covers it | {measured} | "
-        f"{against} | {c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
-        for c in document["dense_rows"]
+    return [
+        f"| one layer, {size(c['context'])} x{c['batch']}, "
+        f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | {against} | "
+        f"{c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
+        for c in document[rows]
     ]
 
 
