@@ -47,8 +47,8 @@ def chain_lines(rows: str = "cases") -> list[str]:
     against = f"FlashAttention 3, {document['gpu']}"
     return [
         f"| one layer, {size(c['context'])} x{c['batch']}, "
-        f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | {against} | "
-        f"{c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
+        f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | "
+        f"{against} | {c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
         for c in document[rows]
     ]
 
