@@ -3,7 +3,8 @@
 A prefill chunk is one row. Every decode token is a row of its own, the drafts that a speculating request verifies too:
 own query, context up to and including itself, its request's budget and block table. Page summaries may hold keys of
 drafts behind it, and of rejected ones. That loosens the bound of a row's newest page alone, and that page is always
-selected; what a row attends to ends at its own length.
+selected; what a row attends to ends at its own length. So drafts change nothing of it, but for the weights that
+``group_reduction`` "mass" gives a group's heads: there the newest page's bound counts.
 """
 
 from __future__ import annotations

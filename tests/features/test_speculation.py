@@ -16,6 +16,7 @@ import pytest
 
 from quest_vllm import layers
 from quest_vllm.compat import UnsupportedVllm
+from quest_vllm.metrics_files import FilesCollector, metrics_dir
 from tests.features.conftest import audit, counted_rows, engine, logprobs, params
 
 pytestmark = pytest.mark.engine
@@ -26,9 +27,12 @@ MAX_MODEL_LEN = 4096
 
 @pytest.fixture(scope="module")
 def llm(model_path: Path) -> Iterator[Any]:
-    """An engine that proposes three tokens by n-gram look-up."""
+    """An engine that proposes three tokens by n-gram look-up, and audits its summaries in every step."""
     speculation = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(model_path, speculative_config=speculation, max_model_len=MAX_MODEL_LEN) as running:
+    audits = {"quest": {"audit_steps": 1}}
+    with engine(
+        model_path, speculative_config=speculation, max_model_len=MAX_MODEL_LEN, additional_config=audits
+    ) as running:
         yield running
 
 
@@ -53,6 +57,13 @@ def speculated(llm: Any) -> tuple[int, int]:
     """Tokens drafted and accepted so far."""
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
+
+
+def audited() -> dict[str, int]:
+    """Pages that the running audit compared in this process so far, by result."""
+    samples = [sample for metric in FilesCollector(metrics_dir()).collect() for sample in metric.samples]
+    found = [sample for sample in samples if sample.name == "quest_audit_pages_total"]
+    return {sample.labels["result"]: int(sample.value) for sample in found}
 
 
 def repetitive(words: int, seed: int = 0) -> str:
@@ -121,11 +132,14 @@ def test_drafts_change_no_text_at_any_budget(llm: Any) -> None:
 
 
 def test_summaries_are_right_after_rejected_drafts(llm: Any) -> None:
+    before = audited()
     sampling = [params(budget, 24, temperature=0.7) for budget in (64, 128, 256, 0)]
     llm.generate([repetitive(200 + 40 * i) for i in range(4)], sampling, use_tqdm=False)
     drafted, accepted = speculated(llm)
     assert drafted > accepted > 0
     audit(llm, 30)
+    after = audited()
+    assert after["right"] > before["right"] and after["wrong"] == before["wrong"], (before, after)
 
 
 @pytest.mark.parametrize("worker", ["mine.Worker", "auto"])

