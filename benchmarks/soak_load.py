@@ -107,6 +107,12 @@ class Load:
             body["sparse_attention"] = {"token_budget": budget}
         return body
 
+    async def touch_sizes(self, count: int, largest: int) -> None:
+        """``count`` prompts of 1 to ``largest`` tokens, one after the other, behind nobody's prefix."""
+        for _ in range(count):
+            prompt = self.random.choices(range(1000, 40000), k=self.random.randint(1, largest))
+            await self.post("touch", "/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 1})
+
     async def run(self, until: Callable[[], bool]) -> None:
         """One client: an action after the other."""
         names, weights = list(ACTIONS), list(ACTIONS.values())
