@@ -124,7 +124,7 @@ async def audit(client: httpx.AsyncClient) -> dict[str, Any]:
 async def close_with_audit(load: Load) -> dict[str, Any]:
     """Audit while streams decode, and once more when all is quiet."""
     count, begun = 4, [asyncio.Event() for _ in range(4)]
-    streams = [asyncio.create_task(load.stream(200, event.set)) for event in begun]
+    streams = [asyncio.create_task(load.stream(load.most_tokens, event.set)) for event in begun]
     waiting = asyncio.gather(*(event.wait() for event in begun))
     await asyncio.wait([waiting, asyncio.gather(*streams, return_exceptions=True)], return_when="FIRST_COMPLETED")
     running = await audit(load.client)
@@ -140,7 +140,7 @@ async def drive(url: str, pid: int, arguments: argparse.Namespace) -> dict[str, 
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         model = (await client.get("/v1/models")).json()["data"][0]
         fields = schema_fields((await client.get("/openapi.json")).json())
-    load = Load(url, model["id"], model["max_model_len"], arguments.seed, fields)
+    load = Load(url, model["id"], model["max_model_len"], arguments.seed, fields, arguments.most_tokens)
     await load.touch_sizes(arguments.touch, STEP_TOKENS)
     start = time.monotonic()
     watcher = asyncio.create_task(watch(process, samples, start, load.tally))
@@ -210,6 +210,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=136, help="KV blocks of the server (default 136)")
     parser.add_argument("--warm-up", type=float, default=0.25, help="share of the time before memory is judged")
     parser.add_argument("--touch", type=int, default=500, help="prompts of many lengths before the load (default 500)")
+    parser.add_argument("--most-tokens", type=int, default=320, help="of an answer (default 320)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path(".cache/bench/soak.log"))
     parser.add_argument("--output", type=Path)
