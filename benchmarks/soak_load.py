@@ -68,9 +68,20 @@ def codes_in(text: str) -> list[set[str]]:
 class Load:
     """Makes requests against one server and checks their answers."""
 
-    def __init__(self, url: str, model: str, longest: int, seed: int, fields: dict[str, list[str]]) -> None:
-        """``longest``: the server's max_model_len in tokens; ``fields``: of each route's schema, for malformed ones."""
-        self.url, self.model, self.longest = url, model, longest
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        longest: int,
+        seed: int,
+        fields: dict[str, list[str]],
+        most_tokens: int = 320,
+    ) -> None:
+        """``longest``: the server's max_model_len in tokens; ``fields``: of each route's schema, for malformed ones.
+
+        ``most_tokens``: of an answer.
+        """
+        self.url, self.model, self.longest, self.most_tokens = url, model, longest, most_tokens
         self.random = random.Random(seed)
         self.tally = Tally()
         self.client = httpx.AsyncClient(
@@ -78,7 +89,7 @@ class Load:
         )
         self.fuzzer = Fuzzer(seed, model, fields, {"Authorization": "Bearer -"})
         self.budgets = [0, 48, 64, 128, 256, 512, 1024, longest, None]
-        self.shared = [self.filler(words) for words in (250, 500, 900)]
+        self.shared = [self.filler(words) for words in (longest // 16, longest // 8, longest // 5)]
         self.codes = self.random.sample(CODES, len(CODES))
         self.issued = 0
 
@@ -94,7 +105,7 @@ class Load:
     def body(self, code: Code, tokens: int, budget: int | None) -> dict[str, Any]:
         """A completion that repeats ``code``; often behind a prefix that others share."""
         start = self.random.choice(self.shared) if self.random.random() < 0.4 else ""
-        words = min(int(self.random.lognormvariate(6.3, 0.8)), self.longest // 2)
+        words = min(int(self.random.lognormvariate(6.3, 0.8)), self.longest // 3)
         prompt = f"{start} {self.filler(words)}." + code_sentence(code) * REPEATED
         body: dict[str, Any] = {
             "model": self.model,
@@ -106,6 +117,12 @@ class Load:
         if budget is not None:
             body["sparse_attention"] = {"token_budget": budget}
         return body
+
+    async def touch_sizes(self, count: int, largest: int) -> None:
+        """``count`` prompts of 1 to ``largest`` tokens, one after the other, behind nobody's prefix."""
+        for _ in range(count):
+            prompt = self.random.choices(range(1000, 40000), k=self.random.randint(1, largest))
+            await self.post("touch", "/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 1})
 
     async def run(self, until: Callable[[], bool]) -> None:
         """One client: an action after the other."""
@@ -122,7 +139,7 @@ class Load:
     async def stream(self, tokens: int | None = None, begun: Callable[[], None] = lambda: None) -> None:
         """A streamed completion: complete, in its own words, with its own id and budget."""
         code, number = self.next_code(), self.issued
-        tokens = tokens or self.random.randint(16, 320)
+        tokens = tokens or self.random.randint(16, self.most_tokens)
         budget = self.random.choice(self.budgets)
         body = self.body(code, tokens, budget) | {"stream": True, "stream_options": {"include_usage": True}}
         name = f"soak-{number}"
@@ -156,7 +173,11 @@ class Load:
 
     async def whole(self) -> None:
         """A completion in one piece."""
-        code, tokens, budget = self.next_code(), self.random.randint(16, 120), self.random.choice(self.budgets)
+        code, tokens, budget = (
+            self.next_code(),
+            self.random.randint(16, self.most_tokens),
+            self.random.choice(self.budgets),
+        )
         body = self.body(code, tokens, budget)
         reply = await self.post("whole", "/v1/completions", body)
         if reply:
