@@ -4,7 +4,7 @@ usage: measure_mass.py MODEL [--texts N] [--layer-step N] [--output FILE.json]
 
 Prefixes of 4K tokens are prefilled densely and 64 tokens after each decoded densely under teacher forcing; in every
 sparse layer, row and KV head the law of ``top_p`` is applied to the scores that serve, and the exact mass of the pages
-that it takes is read off the keys. ``share`` is that mass over the mass of the budget's pages (what ``top_p`` promises),
+that it takes is read off the keys. ``share`` is that mass over the mass of the budget's pages (``top_p`` promises it),
 ``share_of_all`` over that of the whole context; ``temperature`` multiplies the log of the estimated mass (1: served).
 Also what a threshold on the share of the whole context would take (law "context").
 """

@@ -15,17 +15,19 @@ import numpy as np
 import torch
 
 from quest_vllm import compat
-from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.accounting import AdaptiveRows, LayerGroup, adaptive_rows, record_reached, record_step
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.budget import get_budget_table
+from quest_vllm.budget import get_budget_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
 from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import BoundViews, PageViews
+from quest_vllm.tally import get_tally_table
 
 _cpu = compat.cpu_attention()
 
@@ -56,6 +58,8 @@ class SparseRows:
     block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
     max_page_budget: int
     traced: TracedRows | None = None
+    top_p: torch.Tensor | None = None  # [num_sparse] float32; None: 1 in every row
+    adaptive: AdaptiveRows | None = None
 
 
 @dataclass
@@ -102,22 +106,25 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         num_reqs = common_attn_metadata.num_reqs
         seq_lens = common_attn_metadata.seq_lens.numpy()
         budgets = get_budget_table().rows(num_reqs, common_attn_metadata.req_idx)
+        top_ps = get_top_p_table().rows(num_reqs, common_attn_metadata.req_idx)
         rows = classify_rows(
-            np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config
+            np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config, top_ps
         )
         record_step(self.group, rows, seq_lens, budgets)
         self.audit.step(rows, seq_lens, common_attn_metadata.block_table_tensor)
         if rows.sparse.any():
-            metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start)
+            metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start, top_ps)
             self._add_dense_rows(metadata, common_attn_metadata, rows)
         return metadata
 
-    def _sparse_rows(self, common: Any, rows: RowClasses, query_start: np.ndarray) -> SparseRows:
+    def _sparse_rows(self, common: Any, rows: RowClasses, query_start: np.ndarray, top_ps: np.ndarray) -> SparseRows:
         chosen = np.flatnonzero(rows.sparse)
         index = torch.from_numpy(chosen)
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
         page_budgets = rows.page_budgets[chosen]
         traces = get_trace_table().rows(common.num_reqs, common.req_idx)[chosen] if self.config.page else None
+        tallies = get_tally_table().rows(common.num_reqs, common.req_idx)
+        adaptive = adaptive_rows(self.group, rows, common.seq_lens.numpy(), tallies)
         return SparseRows(
             tokens=torch.from_numpy(query_start[chosen].astype(np.int64)),
             seq_lens=common.seq_lens[index],
@@ -125,6 +132,8 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             block_table=common.block_table_tensor[index, :blocks].contiguous(),
             max_page_budget=int(page_budgets.max()),
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
+            top_p=torch.from_numpy(top_ps[chosen]) if adaptive is not None else None,
+            adaptive=adaptive,
         )
 
     def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, rows: RowClasses) -> None:
@@ -239,6 +248,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             max_page_budget=rows.max_page_budget,
+            top_p=rows.top_p,
+            mass_scale=mass_scale_of(config.group_reduction, self.scale),
         )
         chosen = time.perf_counter()
         attended = ops.sparse_paged_attention(
@@ -255,6 +266,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         metrics.stage_seconds("score", scored - start)
         metrics.stage_seconds("select", chosen - scored)
         metrics.stage_seconds("attend", time.perf_counter() - chosen)
+        if rows.adaptive is not None:
+            record_reached(rows.adaptive, (selected.numpy()[rows.adaptive.rows] >= 0).sum(axis=2, dtype=np.int32))
         if rows.traced is not None:
             index = compat.layer_index(layer.layer_name)
             lengths = rows.seq_lens.numpy()
