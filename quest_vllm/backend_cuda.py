@@ -24,7 +24,14 @@ from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layers import (
+    count_sparse_layers,
+    counts_rows,
+    is_sparse_layer,
+    refuse_layer_features,
+    refuse_top_p,
+    start_up,
+)
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
@@ -106,6 +113,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.supports_draft_decode_metadata_update = False
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
+        refuse_top_p(self.config)
         layers = compat.attention_layers(vllm_config, layer_names)
         self.num_sparse_layers = count_sparse_layers(layers, self.config)
         self.audit = OnlineAudit(layers, self.config.audit_steps)

@@ -16,20 +16,23 @@ from quest_vllm.config import QuestConfig
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class RowClasses:
     """The rows of one step, each in exactly one class.
 
-    ``page_budgets`` and ``num_pages`` are ``[num_rows]``; a sparse row's page budget is below its number of pages.
-    The masks are ``[num_rows]`` bool.
+    ``page_budgets`` and ``num_pages`` are ``[num_rows]``; a sparse row's page budget is below its number of pages, an
+    adaptive one's at most that. The masks are ``[num_rows]`` bool. ``adaptive`` are sparse rows with a top_p below 1:
+    what they read is known once their pages are chosen.
     """
 
     sparse: BoolArray
     page_budgets: IntArray
     num_pages: IntArray
     dense_reasons: dict[str, BoolArray]
+    adaptive: BoolArray
 
     def counts(self) -> Iterator[tuple[str, str, int]]:
         """Yield ``(path, reason, rows)`` for every class that has a row."""
@@ -46,18 +49,25 @@ def classify_rows(
     is_prefilling: BoolArray,
     token_budgets: IntArray,
     config: QuestConfig,
+    top_ps: FloatArray | None = None,
 ) -> RowClasses:
     """Sort the rows of a step. All arguments are ``[num_rows]``; a token budget of 0 means dense.
 
-    A decode row has one query token: requests with several are cut into rows first. A budget below the forced pages is
-    raised to them here: the API refuses it, but a worker never fails on it.
+    A decode row has one query token: requests with several are cut into rows first. ``top_ps`` None: 1, no row adapts.
+    Below it a row with a budget is sparse even where the budget covers the context, unless the forced pages do.
+
+    A budget below the forced pages is raised to them here: the API refuses it, but a worker never fails on it.
     """
     page_size = config.page_size
     num_pages = -(-seq_lens // page_size)
     wanted = np.maximum(token_budgets, config.min_token_budget)
     page_budgets = -(-wanted // page_size)
     decode = (query_lens > 0) & ~is_prefilling
-    covered = page_budgets >= num_pages
+    adaptive = np.zeros_like(decode)
+    if top_ps is not None:
+        adaptive = decode & (token_budgets > 0) & (top_ps < 1) & (num_pages > config.sink_pages + config.recent_pages)
+    page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
+    covered = (page_budgets >= num_pages) & ~adaptive
     sparse = decode & (token_budgets > 0) & ~covered
     return RowClasses(
         sparse=sparse,
@@ -68,12 +78,13 @@ def classify_rows(
             "no_budget": decode & (token_budgets <= 0),
             "budget_covers_context": decode & (token_budgets > 0) & covered,
         },
+        adaptive=adaptive,
     )
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Pages and KV bytes of the decode rows of one step, in one KV head of one layer.
+    """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head of one layer.
 
     ``pages_*`` and ``tokens_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a
     page summary is as large as one such pair) over all decode rows. Dense attention reads a request's context once for
@@ -95,7 +106,8 @@ def measure_traffic(
 
     ``requests`` ``[num_rows]``, ascending: each row's request; None: every row has its own.
     """
-    sparse, dense = rows.sparse, rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
+    sparse = rows.sparse & ~rows.adaptive
+    dense = rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
     selected, available = rows.page_budgets[sparse].astype(np.int64), rows.num_pages[sparse].astype(np.int64)
     lengths = seq_lens[sparse].astype(np.int64)
     # the newest page is always selected, and it alone may be partial

@@ -63,7 +63,8 @@ def compose(
     """Return ``quest_decode``: the composition of the three operations.
 
     Its positional arguments are ``query``, ``key_cache``, ``value_cache``, ``summaries``, ``block_table``, ``seq_lens``
-    and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it.
+    and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it (or
+    to the pages that hold ``top_p`` of its mass, where that is given).
     Returns ``out``, ``[num_reqs, num_q_heads, head_dim]``, made when None.
     """
 
@@ -83,14 +84,17 @@ def compose(
         bound_radius: float = 1.0,
         sink_pages: int = 1,
         recent_pages: int = 2,
+        top_p: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
         scores = score_pages(query, summaries, *rows, page_size=page_size, **scoring)
-        forced = {"sink_pages": sink_pages, "recent_pages": recent_pages}
+        options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, "page_size": page_size}
+        if top_p is not None:
+            options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale)}
         width = block_table.shape[1] * summaries.shape[2]
-        selected = select_pages(scores, seq_lens, page_budgets, page_size=page_size, max_page_budget=width, **forced)
+        selected = select_pages(scores, seq_lens, page_budgets, max_page_budget=width, **options)
         attended = sparse_paged_attention(
             query, key_cache, value_cache, *rows, selected, page_size=page_size, scale=scale, softcap=softcap
         )

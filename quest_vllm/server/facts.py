@@ -39,6 +39,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "dense_allowed": config.broken_limit(0) is None,
             "override_allowed": config.allow_override,
         },
+        "top_p": {"default": config.top_p, "adaptive": limits.adaptive},
         "aliases": dict(config.aliases),
         "page_size": config.page_size,
         "policy": {
