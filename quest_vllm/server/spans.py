@@ -11,13 +11,14 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from quest_vllm.budget import get_budget_limits
 from quest_vllm.config import QuestConfig
 from quest_vllm.server.asgi import Scope, header, route_path
 from quest_vllm.server.facts import steps_follow
 from quest_vllm.server.usage import count_usage
+from quest_vllm.tally import find_tally
 
 SPAN = "llm_request"
 REQUEST_ID = "gen_ai.request.id"
@@ -33,7 +34,16 @@ _ROUTE_PREFIX = {
 _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 _SEQUENCE = re.compile(r"[-_]\d+$")
 
-_noted: OrderedDict[str, int] | None = None
+
+class Noted(NamedTuple):
+    """What a request asked for: its budget in tokens (0: dense), its top_p, and its tally (0: none)."""
+
+    token_budget: int
+    top_p: float = 1.0
+    tally: int = 0
+
+
+_noted: OrderedDict[str, Noted] | None = None
 
 
 def is_on() -> bool:
@@ -76,17 +86,17 @@ def name_request(scope: Scope, body: bytes, request_id: str | None) -> tuple[byt
     return b'{"request_id":"' + name.encode() + b'",' + start[1:], name
 
 
-def note_budget(name: str, token_budget: int) -> None:
-    """Keep the budget (tokens; 0: dense) of the request that vLLM will call ``name``."""
+def note_budget(name: str, asked: Noted) -> None:
+    """Keep what the request asked for that vLLM will call ``name``."""
     if _noted is not None:
-        _noted[name] = token_budget
+        _noted[name] = asked
         _noted.move_to_end(name)
         while len(_noted) > NOTED_AT_MOST:
             _noted.popitem(last=False)
 
 
-def noted_budget(external_id: str) -> int | None:
-    """The budget noted for a span's request id, which adds a prefix by route and a number by prompt or turn."""
+def noted_budget(external_id: str) -> Noted | None:
+    """What was noted for a span's request id, which adds a prefix by route and a number by prompt or turn."""
     if _noted is None:
         return None
     name = next((external_id.removeprefix(p) for p in _ID_PREFIXES if external_id.startswith(p)), external_id)
@@ -101,14 +111,15 @@ def policy_text(config: QuestConfig) -> str:
 
 def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
     """Our attributes for a span with the attributes ``span``; none where its budget is not known."""
-    budget = noted_budget(str(span.get(REQUEST_ID)))
-    if budget is None:
+    asked = noted_budget(str(span.get(REQUEST_ID)))
+    if asked is None:
         return {}
     config = get_budget_limits().config
-    found: dict[str, Any] = {"quest.token_budget": budget, "quest.policy": policy_text(config)}
+    found: dict[str, Any] = {"quest.token_budget": asked.token_budget, "quest.policy": policy_text(config)}
     prompt, completion = (span.get(name) for name in LENGTHS)
     if steps_follow() and isinstance(prompt, int) and isinstance(completion, int):
-        usage = count_usage([(prompt, completion)], budget, config).model_dump()
+        counted = count_usage([(prompt, completion)], asked.token_budget, config, asked.top_p, find_tally(asked.tally))
+        usage = counted.model_dump()
         found |= {f"quest.{key}": value for key, value in usage.items() if value is not None}
     return found
 
