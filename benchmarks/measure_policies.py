@@ -1,6 +1,6 @@
 """How much of dense attention each choice of pages keeps: KL on running text, and needles, at equal budgets.
 
-usage: measure_policies.py MODEL --sweep NAME [--texts even|odd|all] [--needles N] [--output FILE.json]
+usage: measure_policies.py MODEL --sweep NAME [--texts even|odd|all|none] [--needles N] [--output FILE.json]
 
 A quick reference outside vLLM: prefixes of 4K tokens are prefilled densely; the 64 tokens after each (or a question
 and its answer) are decoded under teacher forcing through the same operations that serve, with each policy in turn.
@@ -9,7 +9,7 @@ of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
 Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
-split (several small boxes a page).
+split (several small boxes a page), top_p (adaptive budgets under a ceiling of 1024, and fixed budgets beside them).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from provenance import commit
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.policies import BoundPolicy, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
+SWEEP_BUDGETS = {"top_p": (1024,)}
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Candidate:
     sink_pages: int = 1
     recent_pages: int = 2
     page_size: int = 16
+    only_budget: int | None = None
 
     def run(self, budget: int) -> Run:
         """One pass at ``budget`` tokens."""
-        return Run(self.policy, self.page_size, budget, self.sink_pages, self.recent_pages)
+        return Run(self.policy, self.page_size, self.only_budget or budget, self.sink_pages, self.recent_pages)
 
     def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int) -> int:
         """Bytes a layer and step at CONTEXT tokens in 16-bit elements."""
@@ -120,11 +122,51 @@ def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     return [original(ops, page_size), default(ops, page_size), *split, oracle]
 
 
+class Counted:
+    """A policy that adds up how many pages it takes, over layers, rows and heads."""
+
+    def __init__(self, policy: PagePolicy) -> None:
+        self.policy = policy
+        self.pages = self.choices = self.all_pages = self.all_choices = 0
+
+    def choose(self, step: DecodeStep) -> torch.Tensor:
+        """See :class:`quest_vllm.policies.PagePolicy`."""
+        selected = self.policy.choose(step)
+        self.pages += int((selected >= 0).sum())
+        self.choices += selected.shape[0] * selected.shape[1]
+        return selected
+
+    def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
+        """See :class:`quest_vllm.policies.PagePolicy`; at the mean of the pages taken."""
+        mean = round(self.all_pages / self.all_choices) if self.all_choices else page_budget
+        return self.policy.bytes_read(num_pages, mean, page_bytes, summary_bytes)
+
+    def take_mean(self) -> float:
+        """Mean pages of a row and head since the last call."""
+        mean = self.pages / self.choices
+        self.all_pages, self.all_choices = self.all_pages + self.pages, self.all_choices + self.choices
+        self.pages = self.choices = 0
+        return mean
+
+
+def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """The default's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
+    config = QuestConfig(page_size=page_size)
+    score = (config.group_reduction, config.bound_radius)
+    shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
+    fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
+    return [
+        Candidate(name, policy, config.sink_pages, config.recent_pages, page_size, tokens)
+        for name, policy, tokens in (*shares, *fixed)
+    ]
+
+
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "radius": radius_sweep,
     "forced": forced_sweep,
     "selectors": selector_sweep,
     "split": split_sweep,
+    "top_p": top_p_sweep,
 }
 
 
@@ -182,16 +224,22 @@ def tasks(model: ReferenceModel, chosen: list[Text], seeds: range, page_size: in
         yield NeedleTask(model, prefix, questions, page_size)
 
 
-def measure(candidates: list[Candidate], stream: Iterator[Any], page_size: int) -> Iterator[list[dict[str, Any]]]:
+def measure(
+    candidates: list[Candidate], stream: Iterator[Any], page_size: int, budgets: Sequence[int] = BUDGETS
+) -> Iterator[list[dict[str, Any]]]:
     """After each prefix, the results so far: one a candidate and budget, the first of them dense."""
     runs = [("dense", 0, Run(None, page_size))]
-    runs += [(candidate.name, budget, candidate.run(budget)) for candidate in candidates for budget in BUDGETS]
+    runs += [
+        (candidate.name, candidate.only_budget or b, candidate.run(b)) for candidate in candidates for b in budgets
+    ]
     values: list[dict[str, list[float]]] = [{} for _ in runs]
     for number, task in enumerate(stream):
         started = time.monotonic()
         for (_, _, run), kept in zip(runs, values, strict=True):
             for metric, found in task.measure(run).items():
                 kept.setdefault(metric, []).extend(found)
+            if isinstance(run.policy, Counted):
+                kept.setdefault("mean_pages", []).append(run.policy.take_mean())
         print(f"prefix {number}: {len(runs)} passes in {time.monotonic() - started:.0f} s", flush=True)
         yield [result(*run[:2], kept) for run, kept in zip(runs, values, strict=True)]
 
@@ -218,7 +266,7 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
 def show(one: dict[str, Any]) -> str:
     """One line for people."""
     parts = [f"{one['policy']:32s} {one['budget']:5d}"]
-    parts += [f"{m} {one[m]['mean']:.4f}" for m in ("kl", "needle_nll", "needle_hits") if m in one]
+    parts += [f"{m} {one[m]['mean']:.4f}" for m in ("kl", "needle_nll", "needle_hits", "mean_pages") if m in one]
     parts += [f"{m} gap {100 * share:.0f}%" for m, share in one.get("gap_closed", {}).items()]
     return "  ".join(parts)
 
@@ -228,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--sweep", choices=SWEEPS, required=True)
-    parser.add_argument("--texts", choices=("even", "odd", "all"), default="all")
+    parser.add_argument("--texts", choices=("even", "odd", "all", "none"), default="all")
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
@@ -237,7 +285,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = ReferenceModel(arguments.model)
-    step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[arguments.texts]
+    step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None), "none": slice(0)}[arguments.texts]
     chosen = texts(model.encode, CONTEXT, ROWS)[step]
     candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
     seeds = range(arguments.seed, arguments.seed + arguments.needles)
@@ -255,7 +303,9 @@ def main() -> None:
         "needle_questions": arguments.needles * KEYS,
     }
     sizes = {candidate.name: candidate for candidate in candidates}
-    for results in measure(candidates, tasks(model, chosen, seeds, arguments.page_size), arguments.page_size):
+    stream = tasks(model, chosen, seeds, arguments.page_size)
+    budgets = SWEEP_BUDGETS.get(arguments.sweep, BUDGETS)
+    for results in measure(candidates, stream, arguments.page_size, budgets):
         add_gap_closed(results)
         for one in results[1:]:
             one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)

@@ -59,11 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that ``check`` says, as JSON values. Raises :class:`QuestConfigError` for a flag out of range."""
-    import torch
-
     from quest_vllm import compat
 
     _check_flags(arguments)
+    try:
+        import torch
+    except ImportError as error:
+        versions = {"quest_vllm": quest_vllm.__version__, "vllm": compat.vllm_version(), "torch": None}
+        wanted = " or ".join(compat.SUPPORTED_VLLM)
+        words = f"PyTorch cannot be imported ({error}): install vLLM {wanted}, which brings it"
+        return {"versions": versions, "device": "unknown", "problems": [words]}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report: dict[str, Any] = {
         "versions": {

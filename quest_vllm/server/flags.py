@@ -33,6 +33,13 @@ def parser() -> argparse.ArgumentParser:
     ):
         group.add_argument(flag, dest=key, type=int, metavar="N", help=what)
     group.add_argument(
+        "--quest-top-p",
+        dest="top_p",
+        type=float,
+        metavar="P",
+        help="share of its budget's estimated attention mass at which a head stops taking pages; 1: never (1)",
+    )
+    group.add_argument(
         "--quest-allow-override",
         dest="allow_override",
         action=argparse.BooleanOptionalAction,
