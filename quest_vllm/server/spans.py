@@ -11,6 +11,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quest_vllm.budget import get_budget_limits
@@ -18,6 +19,7 @@ from quest_vllm.config import QuestConfig
 from quest_vllm.server.asgi import Scope, header, route_path
 from quest_vllm.server.facts import steps_follow
 from quest_vllm.server.usage import count_usage
+from quest_vllm.tally import find_tally
 
 SPAN = "llm_request"
 REQUEST_ID = "gen_ai.request.id"
@@ -33,7 +35,17 @@ _ROUTE_PREFIX = {
 _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 _SEQUENCE = re.compile(r"[-_]\d+$")
 
-_noted: OrderedDict[str, int] | None = None
+
+@dataclass(frozen=True)
+class Noted:
+    """What was in force for a request: budget in tokens (0: dense), top_p, and the number of its tally (0: none)."""
+
+    token_budget: int
+    top_p: float = 1.0
+    tally: int = 0
+
+
+_noted: OrderedDict[str, Noted] | None = None
 
 
 def is_on() -> bool:
@@ -76,17 +88,17 @@ def name_request(scope: Scope, body: bytes, request_id: str | None) -> tuple[byt
     return b'{"request_id":"' + name.encode() + b'",' + start[1:], name
 
 
-def note_budget(name: str, token_budget: int) -> None:
-    """Keep the budget (tokens; 0: dense) of the request that vLLM will call ``name``."""
+def note(name: str, in_force: Noted) -> None:
+    """Keep what is in force for the request that vLLM will call ``name``."""
     if _noted is not None:
-        _noted[name] = token_budget
+        _noted[name] = in_force
         _noted.move_to_end(name)
         while len(_noted) > NOTED_AT_MOST:
             _noted.popitem(last=False)
 
 
-def noted_budget(external_id: str) -> int | None:
-    """The budget noted for a span's request id, which adds a prefix by route and a number by prompt or turn."""
+def noted(external_id: str) -> Noted | None:
+    """What was noted for a span's request id, which adds a prefix by route and a number by prompt or turn."""
     if _noted is None:
         return None
     name = next((external_id.removeprefix(p) for p in _ID_PREFIXES if external_id.startswith(p)), external_id)
@@ -101,14 +113,17 @@ def policy_text(config: QuestConfig) -> str:
 
 def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
     """Our attributes for a span with the attributes ``span``; none where its budget is not known."""
-    budget = noted_budget(str(span.get(REQUEST_ID)))
-    if budget is None:
+    of = noted(str(span.get(REQUEST_ID)))
+    if of is None:
         return {}
     config = get_budget_limits().config
-    found: dict[str, Any] = {"quest.token_budget": budget, "quest.policy": policy_text(config)}
+    found: dict[str, Any] = {"quest.token_budget": of.token_budget, "quest.top_p": of.top_p}
+    found["quest.policy"] = policy_text(config)
     prompt, completion = (span.get(name) for name in LENGTHS)
     if steps_follow() and isinstance(prompt, int) and isinstance(completion, int):
-        usage = count_usage([(prompt, completion)], budget, config).model_dump()
+        usage = count_usage(
+            [(prompt, completion)], of.token_budget, config, of.top_p, find_tally(of.tally)
+        ).model_dump()
         found |= {f"quest.{key}": value for key, value in usage.items() if value is not None}
     return found
 
