@@ -47,7 +47,7 @@ class GenerationRequest:
         """Note the budget for the request's span; the body may gain the id that finds it again."""
         body, name = spans.name_request(self._scope, body, self.asked.request_id)
         if name is not None:
-            spans.note_budget(name, spans.Noted(self.token_budget, self.asked.top_p, self.asked.tally))
+            spans.note(name, spans.Noted(self.token_budget, self.asked.top_p, self.asked.tally))
         return body
 
     async def _read(self) -> bytes | None:

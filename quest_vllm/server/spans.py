@@ -11,7 +11,8 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from quest_vllm.budget import get_budget_limits
 from quest_vllm.config import QuestConfig
@@ -35,8 +36,9 @@ _ID_PREFIXES = ("chatcmpl-", "cmpl-")
 _SEQUENCE = re.compile(r"[-_]\d+$")
 
 
-class Noted(NamedTuple):
-    """What a request asked for: its budget in tokens (0: dense), its top_p, and its tally (0: none)."""
+@dataclass(frozen=True)
+class Noted:
+    """What was in force for a request: budget in tokens (0: dense), top_p, and the number of its tally (0: none)."""
 
     token_budget: int
     top_p: float = 1.0
@@ -86,16 +88,16 @@ def name_request(scope: Scope, body: bytes, request_id: str | None) -> tuple[byt
     return b'{"request_id":"' + name.encode() + b'",' + start[1:], name
 
 
-def note_budget(name: str, asked: Noted) -> None:
-    """Keep what the request asked for that vLLM will call ``name``."""
+def note(name: str, in_force: Noted) -> None:
+    """Keep what is in force for the request that vLLM will call ``name``."""
     if _noted is not None:
-        _noted[name] = asked
+        _noted[name] = in_force
         _noted.move_to_end(name)
         while len(_noted) > NOTED_AT_MOST:
             _noted.popitem(last=False)
 
 
-def noted_budget(external_id: str) -> Noted | None:
+def noted(external_id: str) -> Noted | None:
     """What was noted for a span's request id, which adds a prefix by route and a number by prompt or turn."""
     if _noted is None:
         return None
@@ -111,15 +113,17 @@ def policy_text(config: QuestConfig) -> str:
 
 def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
     """Our attributes for a span with the attributes ``span``; none where its budget is not known."""
-    asked = noted_budget(str(span.get(REQUEST_ID)))
-    if asked is None:
+    of = noted(str(span.get(REQUEST_ID)))
+    if of is None:
         return {}
     config = get_budget_limits().config
-    found: dict[str, Any] = {"quest.token_budget": asked.token_budget, "quest.policy": policy_text(config)}
+    found: dict[str, Any] = {"quest.token_budget": of.token_budget, "quest.top_p": of.top_p}
+    found["quest.policy"] = policy_text(config)
     prompt, completion = (span.get(name) for name in LENGTHS)
     if steps_follow() and isinstance(prompt, int) and isinstance(completion, int):
-        counted = count_usage([(prompt, completion)], asked.token_budget, config, asked.top_p, find_tally(asked.tally))
-        usage = counted.model_dump()
+        usage = count_usage(
+            [(prompt, completion)], of.token_budget, config, of.top_p, find_tally(of.tally)
+        ).model_dump()
         found |= {f"quest.{key}": value for key, value in usage.items() if value is not None}
     return found
 

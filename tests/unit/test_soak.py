@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import sys
 from typing import Any
@@ -105,6 +106,32 @@ def test_another_requests_code_is_seen() -> None:
     assert [finding["what"] for finding in load.tally.findings] == ["another request's code"]
     load.check_text("stream", code, " The code is tiger lemon silver.", {"prompt": "x"})
     assert len(load.tally.suspects) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "alone", "found"),
+    [
+        (512, "amber falcon violin", 1),
+        (None, "amber falcon violin", 1),
+        (0, "amber falcon violin", 1),
+        (512, "something else", 0),
+        (64, "amber falcon violin", 0),
+    ],
+)
+def test_only_what_load_did_is_a_finding(budget: int | None, alone: str, found: int) -> None:
+    load = soak_load.Load("http://127.0.0.1:9", "m", 4096, 0, {})
+    body = load.body(("amber", "falcon", "violin"), 9, budget) | {"stream": True}
+    asked: list[dict[str, Any]] = []
+
+    async def post(action: str, path: str, again: dict[str, Any]) -> dict[str, Any]:
+        asked.append(again)
+        return {"choices": [{"text": alone}]}
+
+    load.post = post  # type: ignore[method-assign]
+    load.check_text("stream", ("amber", "falcon", "violin"), " nothing of it", body)
+    asyncio.run(load.ask_suspects_again())
+    assert len(load.tally.findings) == found and len(load.tally.slips) == 1 - found
+    assert asked[0]["prompt"] == body["prompt"] and "stream" not in asked[0]
 
 
 def test_distance_of_answers() -> None:

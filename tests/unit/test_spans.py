@@ -58,7 +58,7 @@ def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
 
 def test_a_span_tells_budget_policy_and_pages(provider: Any) -> None:
     spans.install(TRACED)
-    spans.note_budget("abc", spans.Noted(512))
+    spans.note("abc", spans.Noted(512))
     told = finish(provider, spans.SPAN, "cmpl-abc-0", 4000, 9)
     ours = {key: value for key, value in told.items() if key.startswith("quest.")}
     assert ours.pop("quest.policy").startswith("group_reduction=max, bound_radius=0.5, sink_pages=1")
@@ -76,7 +76,7 @@ def test_a_span_tells_budget_policy_and_pages(provider: Any) -> None:
 
 def test_spans_of_others_stay_as_they_are(provider: Any) -> None:
     spans.install(TRACED)
-    spans.note_budget("abc", spans.Noted(512))
+    spans.note("abc", spans.Noted(512))
     for name, request_id in (("loading", "cmpl-abc-0"), (spans.SPAN, "cmpl-unknown-0")):
         assert not [key for key in finish(provider, name, request_id, 100, 5) if key.startswith("quest.")]
 
@@ -84,7 +84,7 @@ def test_spans_of_others_stay_as_they_are(provider: Any) -> None:
 def test_nothing_without_tracing(provider: Any) -> None:
     spans.install(SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None)))
     assert not spans.is_on()
-    spans.note_budget("abc", spans.Noted(512))
+    spans.note("abc", spans.Noted(512))
     assert "quest.token_budget" not in finish(provider, spans.SPAN, "cmpl-abc-0", 100, 5)
 
 
@@ -96,10 +96,10 @@ def test_installing_twice_adds_once(provider: Any) -> None:
 
 def test_under_speculation_only_what_was_asked_is_told(provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spans.install(TRACED)
-    spans.note_budget("abc", spans.Noted(0))
+    spans.note("abc", spans.Noted(0))
     monkeypatch.setattr(facts, "_vllm_config", SimpleNamespace(speculative_config=object()))
     told = finish(provider, spans.SPAN, "chatcmpl-abc", 100, 5)
-    assert {key for key in told if key.startswith("quest.")} == {"quest.token_budget", "quest.policy"}
+    assert {key for key in told if key.startswith("quest.")} == {"quest.token_budget", "quest.top_p", "quest.policy"}
     assert told["quest.token_budget"] == 0
 
 
@@ -117,17 +117,18 @@ def test_under_speculation_only_what_was_asked_is_told(provider: Any, monkeypatc
 )
 def test_ids_are_found_behind_what_routes_add(noted: str, external: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "_noted", OrderedDict())
-    spans.note_budget(noted, spans.Noted(64))
-    assert spans.noted_budget(external) == spans.Noted(64)
-    assert spans.noted_budget("cmpl-other-0") is None
+    spans.note(noted, spans.Noted(64))
+    assert spans.noted(external) == spans.Noted(64)
+    assert spans.noted("cmpl-other-0") is None
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "_noted", OrderedDict())
     monkeypatch.setattr(spans, "NOTED_AT_MOST", 3)
     for number in range(10):
-        spans.note_budget(f"r{number}", spans.Noted(number))
-    assert [spans.noted_budget(f"cmpl-r{number}-0") for number in (6, 7, 8, 9)] == [None, *map(spans.Noted, (7, 8, 9))]
+        spans.note(f"r{number}", spans.Noted(number))
+    kept = [spans.noted(f"cmpl-r{number}-0") for number in (6, 7, 8, 9)]
+    assert kept == [None, *map(spans.Noted, (7, 8, 9))]
 
 
 def test_names_in_the_order_of_vllm() -> None:
