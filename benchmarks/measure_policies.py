@@ -9,7 +9,8 @@ of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
 Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
-split (several small boxes a page), top_p (adaptive budgets under a ceiling of 1024, and fixed budgets beside them).
+split (several small boxes a page), top_p (adaptive budgets under a ceiling of 1024, and fixed budgets beside them),
+top_p_oracle (the same with exact masses).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, PagePolic
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
-SWEEP_BUDGETS = {"top_p": (1024,)}
+SWEEP_BUDGETS = {"top_p": (1024,), "top_p_oracle": (1024,)}
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,26 @@ def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     score = (config.group_reduction, config.bound_radius)
     shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
     fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
-    return [
-        Candidate(name, policy, config.sink_pages, config.recent_pages, page_size, tokens)
-        for name, policy, tokens in (*shares, *fixed)
+    return counted(config, (*shares, *fixed))
+
+
+def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """The same law with exact masses: what a better estimate would make of it."""
+    config = QuestConfig(page_size=page_size)
+    score = (config.group_reduction, config.bound_radius)
+    shares = [(f"oracle top_p {p:g}", Counted(OraclePolicy(ops, p)), None) for p in (1.0, 0.95)]
+    shares += [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.95)]
+    fixed = [
+        ("oracle budget 512", Counted(OraclePolicy(ops)), 512),
+        ("budget 512", Counted(BoundPolicy(ops, *score)), 512),
     ]
+    return counted(config, (*shares, *fixed))
+
+
+def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]]) -> list[Candidate]:
+    """Candidates of ``(name, policy, budget of its own)``, with the configuration's forced pages."""
+    forced = (config.sink_pages, config.recent_pages, config.page_size)
+    return [Candidate(name, policy, *forced, tokens) for name, policy, tokens in found]
 
 
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
@@ -167,6 +184,7 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "selectors": selector_sweep,
     "split": split_sweep,
     "top_p": top_p_sweep,
+    "top_p_oracle": top_p_oracle_sweep,
 }
 
 
