@@ -34,7 +34,7 @@ class Prefix:
     max_rows: int
     keys: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK, head_dim]
     values: torch.Tensor
-    summaries: dict[int, torch.Tensor]  # by page size
+    summaries: dict[tuple[int, str], torch.Tensor]  # by page size and page_summary, made when first needed
 
     @property
     def blocks(self) -> int:
@@ -63,6 +63,11 @@ class Run:
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = (0, 1)
 
+    @property
+    def page_summary(self) -> str:
+        """What the policy reads of a page that it has not chosen."""
+        return getattr(self.policy, "page_summary", "min_max")
+
 
 class ReferenceModel:
     """SmolLM2 or another Llama-like model in float32 on the CPU."""
@@ -87,7 +92,7 @@ class ReferenceModel:
         return tokens
 
     @torch.inference_mode()
-    def prefill(self, tokens: list[int], max_rows: int, page_sizes: tuple[int, ...]) -> Prefix:
+    def prefill(self, tokens: list[int], max_rows: int) -> Prefix:
         """Prefill ``tokens`` (a multiple of BLOCK) densely and lay keys and values out in pages."""
         if len(tokens) % BLOCK:
             raise ValueError(f"expected a multiple of {BLOCK} tokens, got {len(tokens)}")
@@ -96,17 +101,26 @@ class ReferenceModel:
         _, heads, length, dim = layers[0].keys.shape
         per_layer = length // BLOCK
         blocks = len(layers) * per_layer + max_rows
-        pages = {size: torch.zeros(blocks, heads, BLOCK // size, 2, dim) for size in page_sizes}
         shape = (blocks, heads, BLOCK, dim)
-        prefix = Prefix(length, max_rows, torch.zeros(shape), torch.zeros(shape), pages)
+        prefix = Prefix(length, max_rows, torch.zeros(shape), torch.zeros(shape), {})
         for index, layer in enumerate(layers):
             own = slice(index * per_layer, (index + 1) * per_layer)
             prefix.keys[own] = layer.keys[0].view(heads, -1, BLOCK, dim).transpose(0, 1)
             prefix.values[own] = layer.values[0].view(heads, -1, BLOCK, dim).transpose(0, 1)
-        slots = torch.arange(len(layers) * length)
-        for size, summaries in pages.items():
-            self.ops.update_page_summaries(prefix.keys, summaries, slots, page_size=size)
         return prefix
+
+    def _summaries(self, prefix: Prefix, run: Run) -> torch.Tensor:
+        """``[num_blocks, num_kv_heads, pages_per_block, 2, head_dim]`` as ``run``'s policy wants them."""
+        kind = (run.page_size, run.page_summary)
+        if kind not in prefix.summaries:
+            blocks, heads, _, dim = prefix.keys.shape
+            made = torch.zeros(blocks, heads, BLOCK // run.page_size, 2, dim)
+            slots = torch.arange((blocks - prefix.max_rows) * BLOCK)
+            self.ops.update_page_summaries(
+                prefix.keys, made, slots, page_size=run.page_size, page_summary=run.page_summary
+            )
+            prefix.summaries[kind] = made
+        return prefix.summaries[kind]
 
     @torch.inference_mode()
     def decode(self, prefix: Prefix, continuations: list[list[int]], run: Run) -> list[torch.Tensor]:
@@ -132,7 +146,7 @@ class ReferenceModel:
         if self._state is None:
             raise RuntimeError("decode() alone may call this attention")
         prefix, rows, run = self._state
-        self._write(prefix, rows, key[0].transpose(0, 1), value[0].transpose(0, 1), run.page_size)
+        self._write(prefix, rows, key[0].transpose(0, 1), value[0].transpose(0, 1), run)
         step = decode_step(prefix, module.layer_idx, rows, query[0].transpose(0, 1).contiguous(), run, scaling)
         policy = None if module.layer_idx in run.dense_layers else run.policy
         selected = every_page(step) if policy is None else policy.choose(step)
@@ -140,11 +154,16 @@ class ReferenceModel:
         attended = self.ops.sparse_paged_attention(*cached, page_size=run.page_size, scale=scaling)
         return attended[None], None
 
-    def _write(self, prefix: Prefix, rows: Rows, keys: torch.Tensor, values: torch.Tensor, page_size: int) -> None:
+    def _write(self, prefix: Prefix, rows: Rows, keys: torch.Tensor, values: torch.Tensor, run: Run) -> None:
         prefix.keys[rows.slots // BLOCK, :, rows.slots % BLOCK] = keys[rows.sources]
         prefix.values[rows.slots // BLOCK, :, rows.slots % BLOCK] = values[rows.sources]
-        summaries = prefix.summaries[page_size]
-        self.ops.update_page_summaries(prefix.keys, summaries, rows.slots, page_size=page_size)
+        self.ops.update_page_summaries(
+            prefix.keys,
+            self._summaries(prefix, run),
+            rows.slots,
+            page_size=run.page_size,
+            page_summary=run.page_summary,
+        )
 
 
 def lay_out(prefix: Prefix, lengths: list[int]) -> Rows:
@@ -169,7 +188,7 @@ def decode_step(prefix: Prefix, layer: int, rows: Rows, query: torch.Tensor, run
     return DecodeStep(
         query=query,
         key_cache=prefix.keys,
-        summaries=prefix.summaries[run.page_size],
+        summaries=prefix.summaries[run.page_size, run.page_summary],
         block_table=table.int(),
         seq_lens=(prefix.length + rows.offset + 1).int(),
         page_budgets=torch.full((count,), budget, dtype=torch.int32),

@@ -9,8 +9,8 @@ of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
 Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
-split (several small boxes a page), top_p (adaptive budgets under a ceiling of 1024, and fixed budgets beside them),
-top_p_oracle (the same with exact masses).
+split (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling
+of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses).
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from provenance import commit
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import (
+    BoundPolicy,
+    DecodeStep,
+    KeyCodesPolicy,
+    OraclePolicy,
+    PagePolicy,
+    SplitBoxPolicy,
+    TwoStagePolicy,
+)
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
@@ -178,6 +186,13 @@ def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]
     return [Candidate(name, policy, *forced, tokens) for name, policy, tokens in found]
 
 
+def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """Key codes, at the default's bytes."""
+    coded = [Candidate(f"key codes, {how}", KeyCodesPolicy(ops, how), page_size=page_size) for how in ("max", "mass")]
+    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
+    return [original(ops, page_size), default(ops, page_size), *coded, oracle]
+
+
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "radius": radius_sweep,
     "forced": forced_sweep,
@@ -185,6 +200,7 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "split": split_sweep,
     "top_p": top_p_sweep,
     "top_p_oracle": top_p_oracle_sweep,
+    "codes": code_sweep,
 }
 
 
@@ -200,7 +216,7 @@ class TextTask:
 
     def __init__(self, model: ReferenceModel, text: Text, page_size: int) -> None:
         self.model, self.rows = model, text.rows
-        self.prefix: Prefix = model.prefill(text.prefix, ROWS, (page_size,))
+        self.prefix: Prefix = model.prefill(text.prefix, ROWS)
         self.dense = self._log_probs(Run(None, page_size))
 
     def _log_probs(self, run: Run) -> torch.Tensor:
@@ -219,7 +235,7 @@ class NeedleTask:
     def __init__(self, model: ReferenceModel, prefix: list[int], questions: list[Question], page_size: int) -> None:
         self.model, self.questions = model, questions
         rows = sum(len(question.tokens) for question in questions)
-        self.prefix = model.prefill(prefix, rows, (page_size,))
+        self.prefix = model.prefill(prefix, rows)
 
     def measure(self, run: Run) -> dict[str, list[float]]:
         """Two values a question."""
@@ -269,6 +285,19 @@ def result(name: str, budget: int, values: dict[str, list[float]]) -> dict[str, 
     return {"policy": name, "budget": budget} | means | {"values": rounded}
 
 
+def gap_interval(worst: list[float], found: list[float], best: list[float], draws: int = 2000) -> list[float]:
+    """95% bootstrap interval of the share of the gap closed; texts or questions are drawn, for all three alike."""
+    rng = random.Random(0)
+    items, shares = list(zip(worst, found, best, strict=True)), []
+    for _ in range(draws):
+        drawn = rng.choices(items, k=len(items))
+        gap = sum(w - b for w, _, b in drawn)
+        if gap:
+            shares.append(sum(w - f for w, f, _ in drawn) / gap)
+    shares.sort()
+    return [shares[len(shares) // 40], shares[-len(shares) // 40 - 1]] if shares else []
+
+
 def add_gap_closed(results: list[dict[str, Any]]) -> None:
     """How much of the way from the original to the oracle each policy goes, where both were run."""
     by_key = {(r["policy"], r["budget"]): r for r in results}
@@ -279,6 +308,8 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
                 if metric in one and worst[metric]["mean"] != best[metric]["mean"]:
                     gap = worst[metric]["mean"] - best[metric]["mean"]
                     one.setdefault("gap_closed", {})[metric] = (worst[metric]["mean"] - one[metric]["mean"]) / gap
+                    values = [r["values"][metric] for r in (worst, one, best)]
+                    one.setdefault("gap_closed_95", {})[metric] = gap_interval(*values)
 
 
 def show(one: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from quest_vllm import compat
+from quest_vllm.config import QuestConfig
 from quest_vllm.layers import has_window
+from quest_vllm.ops import key_codes
 from quest_vllm.page_layout import split_chunks
 
 
@@ -29,7 +31,7 @@ class AuditReport:
 def audit_summaries(worker: Any) -> AuditReport:
     """Audit every layer of ``worker``.
 
-    A page written at some time must carry the exact min/max of its rows 0..r for some r; a page of a running request
+    A page written at some time must carry the exact summary of its rows 0..r for some r; a page of a running request
     must do so for an r that covers its stored rows. Pages never written (all zero) are skipped, and so are pages of no
     running request in memory that layers of several KV cache groups share: a sliding-window layer, which keeps no
     summaries, may have had them last.
@@ -42,13 +44,13 @@ def audit_summaries(worker: Any) -> AuditReport:
         if has_window(layer.impl):
             continue
         views = split_chunks(layer.kv_cache, layer.impl.head_size, config.page_size)
-        keys = key_rows(views.keys, layer)
-        lowest, highest = _running_extremes(keys, config.page_size)
+        expected = _running_summaries(key_rows(views.keys, layer), config)
+        stored = stored_summaries(views.summaries, config)
         report.layers += 1
         if owners[layer.kv_cache.data_ptr()] == 1:
-            _audit_blocks(name, views.summaries, lowest, highest, report)
+            _audit_blocks(name, stored, expected, report)
         for blocks, length in compat.live_requests(worker, name):
-            _audit_request(name, blocks, length, views.summaries, lowest, highest, report)
+            _audit_request(name, blocks, length, stored, expected, report)
     return report
 
 
@@ -62,38 +64,42 @@ def key_rows(keys: torch.Tensor, layer: Any) -> torch.Tensor:
     return unpack_keys(keys, kv_format)
 
 
-def _running_extremes(keys: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Min and max over rows 0..r of each page, for every r: ``[blocks, heads, pages, page_size, head_dim]``."""
-    by_page = keys.unflatten(2, (-1, page_size))
-    return torch.cummin(by_page, dim=3).values, torch.cummax(by_page, dim=3).values
+def stored_summaries(summaries: torch.Tensor, config: QuestConfig) -> torch.Tensor:
+    """``[blocks, heads, pages, size]``: a page's minima and maxima, or its bytes, whichever ``config`` keeps."""
+    return key_codes.code_bytes(summaries) if config.page_summary == "key_codes" else summaries.flatten(3)
 
 
-def _audit_blocks(
-    name: str, summaries: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, report: AuditReport
-) -> None:
-    matches = ((summaries[..., None, 0, :] == lowest) & (summaries[..., None, 1, :] == highest)).all(-1).any(-1)
-    written = (summaries != 0).flatten(3).any(-1)
+def summarise_rows(by_page: torch.Tensor, rows: int, config: QuestConfig) -> torch.Tensor:
+    """What :func:`stored_summaries` are of each page's first ``rows`` keys; ``by_page [..., page_size, head_dim]``."""
+    if config.page_summary == "key_codes":
+        return key_codes.encode(by_page, torch.full(by_page.shape[:-2], rows, device=by_page.device))
+    written = by_page[..., :rows, :]
+    return torch.cat((written.amin(dim=-2), written.amax(dim=-2)), dim=-1)
+
+
+def _running_summaries(keys: torch.Tensor, config: QuestConfig) -> torch.Tensor:
+    """:func:`summarise_rows` for every count: ``[blocks, heads, pages, page_size, size]`` of ``keys`` as rows."""
+    by_page = keys.unflatten(2, (-1, config.page_size))
+    return torch.stack([summarise_rows(by_page, rows + 1, config) for rows in range(config.page_size)], dim=3)
+
+
+def _audit_blocks(name: str, stored: torch.Tensor, expected: torch.Tensor, report: AuditReport) -> None:
+    matches = (stored.unsqueeze(3) == expected).all(-1).any(-1)
+    written = (stored != 0).any(-1)
     report.pages_checked += int(written.sum())
     for block, head, page in (written & ~matches).nonzero().tolist():
         report.errors.append(f"{name}: block {block}, KV head {head}, page {page} matches no prefix of its rows")
 
 
 def _audit_request(
-    name: str,
-    blocks: list[int],
-    length: int,
-    summaries: torch.Tensor,
-    lowest: torch.Tensor,
-    highest: torch.Tensor,
-    report: AuditReport,
+    name: str, blocks: list[int], length: int, stored: torch.Tensor, expected: torch.Tensor, report: AuditReport
 ) -> None:
-    pages_per_block, page_size = lowest.shape[2], lowest.shape[3]
+    pages_per_block, page_size = expected.shape[2:4]
     for page in range(-(-length // page_size)):
         # vLLM's count lags one step behind the cache: the newest page may hold more rows than it says
         least = min(page_size, length - page * page_size) - 1
         block, sub_page = blocks[page // pages_per_block], page % pages_per_block
-        low = summaries[block, :, sub_page, 0].unsqueeze(1) == lowest[block, :, sub_page, least:]
-        high = summaries[block, :, sub_page, 1].unsqueeze(1) == highest[block, :, sub_page, least:]
+        same = stored[block, :, sub_page].unsqueeze(1) == expected[block, :, sub_page, least:]
         report.live_pages_checked += 1
-        if not (low & high).all(-1).any(-1).all():
+        if not same.all(-1).any(-1).all():
             report.errors.append(f"{name}: page {page} of a running request (block {block}) is stale")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quest_vllm.audit import key_rows
+from quest_vllm.audit import key_rows, stored_summaries, summarise_rows
 from quest_vllm.layers import is_sparse_layer
 from quest_vllm.metadata import RowClasses
 from quest_vllm.metrics import get_worker_metrics
@@ -79,9 +79,10 @@ def compare_full_pages(
     per_block = views.summaries.shape[2]
     start = first // per_block
     blocks = block_table[start : -(-last // per_block)].long()
-    keys = key_rows(views.keys[blocks], layer).unflatten(2, (-1, page_size))  # [blocks, heads, pages, rows, dim]
-    true = torch.stack((keys.amin(3), keys.amax(3)), dim=3)
-    same = (true == views.summaries[blocks]).flatten(3).all(-1)  # [blocks, heads, pages]
+    config = layer.impl.config
+    by_page = key_rows(views.keys[blocks], layer).unflatten(2, (-1, page_size))  # [blocks, heads, pages, rows, dim]
+    true = summarise_rows(by_page, page_size, config)
+    same = (true == stored_summaries(views.summaries, config)[blocks]).all(-1)  # [blocks, heads, pages]
     by_head = same.transpose(0, 1).flatten(1)[:, first - start * per_block : last - start * per_block]
     wrong = [(head, first + page) for head, page in (~by_head).nonzero().tolist()]
     return wrong, by_head.numel()

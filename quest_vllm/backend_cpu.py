@@ -186,7 +186,11 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         if self.sliding_window == -1:
             start = time.perf_counter()
             self._layer_ops(layer).update_page_summaries(
-                views.keys, views.summaries, slot_mapping, page_size=self.config.page_size
+                views.keys,
+                views.summaries,
+                slot_mapping,
+                page_size=self.config.page_size,
+                page_summary=self.config.page_summary,
             )
             get_worker_metrics().stage_seconds("update", time.perf_counter() - start)
 
@@ -235,6 +239,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             group_reduction=config.group_reduction,
             bound_radius=config.bound_radius,
             scale=self.scale,
+            page_summary=config.page_summary,
         )
         scored = time.perf_counter()
         selected = ops.select_pages(

@@ -20,6 +20,7 @@ from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
+PAGE_SUMMARIES = ("min_max", "key_codes")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
@@ -47,6 +48,7 @@ class QuestConfig:
     dense_layers: tuple[int, ...] = (0, 1)
     group_reduction: str = "max"
     bound_radius: float = 0.5
+    page_summary: str = "min_max"
     implementation: str = "auto"
     metrics_dir: str | None = None
     min_budget: int = 0
@@ -67,6 +69,8 @@ class QuestConfig:
                 f"0 (dense) or at least {self.min_token_budget} = (sink_pages + recent_pages) * page_size",
                 self.token_budget,
             )
+        if self.page_summary == "key_codes" and self.page_size != PAGE_SIZES[0]:
+            raise _bad_value("page_size", f"{PAGE_SIZES[0]} with page_summary key_codes", self.page_size)
         self._check_limits()
 
     def _check_limits(self) -> None:
@@ -326,6 +330,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dense_layers": _check_layers,
     "group_reduction": _one_of(GROUP_REDUCTIONS),
     "bound_radius": _number_between(0, 1),
+    "page_summary": _one_of(PAGE_SUMMARIES),
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
     "min_budget": _int_between(0, MAX_TOKEN_BUDGET),

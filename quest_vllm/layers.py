@@ -9,6 +9,7 @@ from quest_vllm import compat
 from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig
 from quest_vllm.errors import QuestConfigError
+from quest_vllm.ops.key_codes import CHANNELS
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
@@ -18,12 +19,14 @@ logger = logging.getLogger("vllm.quest_vllm")
 def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: list[str] | None = None) -> QuestConfig:
     """Read the configuration; with a spec and layer names, check them and report the cost once.
 
-    Raises :class:`~quest_vllm.compat.UnsupportedVllm` where a block does not hold a whole number of pages.
+    Raises :class:`~quest_vllm.compat.UnsupportedVllm` where a block does not hold a whole number of pages, or pages
+    cannot have the summary that was asked for.
     """
     config = activate(vllm_config) if vllm_config is not None else active_config()
     if kv_cache_spec is not None and layer_names is not None:
         refuse_engine_features(vllm_config)
         refuse_block_size(kv_cache_spec.block_size, config.page_size)
+        refuse_page_summary(config, kv_cache_spec.head_size, compat.is_cpu_platform())
         _report(config, layer_names, kv_cache_spec)
         record_memory(vllm_config, kv_cache_spec, layer_names)
     return config
@@ -76,6 +79,21 @@ def refuse_block_size(block_size: int, page_size: int) -> None:
         raise compat.UnsupportedVllm(
             f"page_size: a KV block must hold a whole number of pages, got block size {block_size} with page_size "
             f"{page_size}; set page_size to a divisor (16, 32 or 64) or --block-size to a multiple"
+        )
+
+
+def refuse_page_summary(config: QuestConfig, head_dim: int, on_cpu: bool) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` where page_summary is one that this start cannot serve."""
+    if config.page_summary == "min_max":
+        return
+    if not on_cpu:
+        raise compat.UnsupportedVllm(
+            f"page_summary: {config.page_summary} is not served on GPUs yet; set page_summary to min_max"
+        )
+    if head_dim % CHANNELS:
+        raise compat.UnsupportedVllm(
+            f"page_summary: {config.page_summary} needs a head_dim that is a multiple of {CHANNELS}, got {head_dim}; "
+            "set page_summary to min_max"
         )
 
 

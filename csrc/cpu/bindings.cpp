@@ -163,6 +163,15 @@ Reduction parse_reduction(c10::string_view name) {
   return Reduction::kPerQueryHead;
 }
 
+Summary parse_summary(c10::string_view name, int64_t head_dim, int64_t page_size) {
+  if (name == "min_max") return Summary::kMinMax;
+  TORCH_CHECK(name == "key_codes", "page_summary: expected min_max or key_codes, got ", name);
+  TORCH_CHECK(page_size == kLanes, "page_size: expected ", kLanes, " with page_summary key_codes, got ", page_size);
+  TORCH_CHECK(head_dim % (4 * kLanes) == 0, "head_dim: expected a multiple of ", 4 * kLanes,
+              " with page_summary key_codes, got ", head_dim);
+  return Summary::kKeyCodes;
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // seq_lens as a vector; every block that a request of that length uses is checked here, once, so that the kernels
@@ -221,7 +230,7 @@ std::vector<TouchedPage> touched_pages(const Tensor& slot_mapping, int64_t num_s
 }
 
 void update_page_summaries(const Tensor& key_cache, const Tensor& summaries, const Tensor& slot_mapping,
-                           int64_t page_size, c10::string_view kv_format) {
+                           int64_t page_size, c10::string_view kv_format, c10::string_view page_summary) {
   check_cache(key_cache, "key_cache");
   check_summaries(summaries);
   const int64_t num_blocks = key_cache.size(0), heads = key_cache.size(1), block_size = key_cache.size(2);
@@ -237,6 +246,7 @@ void update_page_summaries(const Tensor& key_cache, const Tensor& summaries, con
   check_dim(slot_mapping, "slot_mapping", 1);
   const DType dtype = dtype_of(key_cache, "key_cache");
   const Format format = parse_format(kv_format, key_cache);
+  const Summary kind = parse_summary(page_summary, key_cache.size(3), page_size);
   const std::vector<TouchedPage> touched = touched_pages(slot_mapping, num_blocks * block_size, page_size);
   const int64_t size = key_cache.element_size();
   const char* keys = byte_pointer(key_cache);
@@ -250,7 +260,7 @@ void update_page_summaries(const Tensor& key_cache, const Tensor& summaries, con
       const SummaryTask work{
           keys + size * (block * key_cache.stride(0) + head * key_cache.stride(1)),
           out + size * (block * summaries.stride(0) + head * summaries.stride(1) + sub_page * summaries.stride(2)),
-          block_size, key_cache.size(3), sub_page * page_size, page.last_row + 1};
+          block_size, key_cache.size(3), sub_page * page_size, page.last_row + 1, kind};
       kernels().summarise(dtype, format, work);
     }
   });
@@ -336,18 +346,21 @@ void combine_parts(const Scores& scores, int64_t heads, int64_t group) {
 }
 
 Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& block_table, const Tensor& seq_lens,
-                   int64_t page_size, c10::string_view group_reduction, double bound_radius, double scale) {
+                   int64_t page_size, c10::string_view group_reduction, double bound_radius, double scale,
+                   c10::string_view page_summary) {
   check_summaries(summaries);
   const int64_t heads = summaries.size(1), pages_per_block = summaries.size(2);
   check_page_size(page_size, page_size * pages_per_block);
   check_query(query, summaries, heads);
   const Reduction reduction = parse_reduction(group_reduction);
+  const Summary kind = parse_summary(page_summary, query.size(2), page_size);
   TORCH_CHECK(bound_radius >= 0 && bound_radius <= 1, "bound_radius: expected a number from 0 to 1, got ",
               bound_radius);
   const DType dtype = dtype_of(query, "query");
   const int64_t num_reqs = query.size(0), group = query.size(1) / heads;
   std::vector<int64_t> pages =
       checked_lengths(block_table, seq_lens, num_reqs, page_size * pages_per_block, summaries.size(0));
+  const std::vector<int64_t> lengths = pages;
   for (int64_t& count : pages) count = ceil_div(count, page_size);
   const int64_t max_pages = block_table.size(1) * pages_per_block;
   const bool mass = reduction == Reduction::kMass;
@@ -370,7 +383,8 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
                            mass ? logits + task * group * kScoreChunk : row_scores + first,
                            mass ? part_lse + task * group : nullptr,
                            query.stride(1), summaries.stride(0), summaries.stride(2), block_table.stride(1),
-                           mass ? kScoreChunk : max_pages, group, query.size(2), pages_per_block, first, end, reduction,
+                           mass ? kScoreChunk : max_pages, group, query.size(2), pages_per_block, first, end, lengths[row],
+                           kind, reduction,
                            float((1 + bound_radius) / 2), float((1 - bound_radius) / 2), float(scale)};
       kernels().score(dtype, work);
     }
@@ -530,10 +544,10 @@ std::string isa() { return kernels().isa; }
 TORCH_LIBRARY(quest_vllm_cpu, library) {
   library.def(
       "update_page_summaries(Tensor key_cache, Tensor(a!) summaries, Tensor slot_mapping, int page_size, "
-      "str kv_format) -> ()");
+      "str kv_format, str page_summary) -> ()");
   library.def(
       "score_pages(Tensor query, Tensor summaries, Tensor block_table, Tensor seq_lens, int page_size, "
-      "str group_reduction, float bound_radius, float scale) -> Tensor");
+      "str group_reduction, float bound_radius, float scale, str page_summary) -> Tensor");
   library.def(
       "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
       "int recent_pages, int max_page_budget, Tensor? top_p, float mass_scale) -> Tensor");

@@ -24,11 +24,15 @@ enum class Format : int { kRows = 0, kTransposed = 1, kAmx = 2 };
 
 enum class Reduction : int { kMax = 0, kMean = 1, kPerQueryHead = 2, kMass = 3 };
 
+// What a page's two summary rows hold: its minimum and maximum, or the bytes of codes.h.
+enum class Summary : int { kMinMax = 0, kKeyCodes = 1 };
+
 // One page and kv head. `written` rows, starting at row `first_row` of the chunk, are summarised.
 struct SummaryTask {
   const void* keys;      // the chunk's keys
   void* summary;         // [2, head_dim]
   int64_t block_size, head_dim, first_row, written;
+  Summary kind;
 };
 
 // Pages [first_page, end_page) of one request and kv head; end_page - first_page <= kScoreChunk.
@@ -40,9 +44,11 @@ struct ScoreTask {
   float* lse;            // [group], for kMass: log-sum-exp of these pages' logits
   int64_t query_stride, block_stride, page_stride, block_ids_stride, score_stride;
   int64_t group, head_dim, pages_per_block, first_page, end_page;
+  int64_t length;        // tokens of the request
+  Summary kind;
   Reduction reduction;
   float near, far;       // (1 + bound_radius) / 2 and (1 - bound_radius) / 2
-  float scale;           // of the logits, for kMass
+  float scale;           // of the logits, for kMass and kKeyCodes
 };
 
 // The scores of one score task under kMass.

@@ -15,6 +15,7 @@ namespace {
 #include "vec16.h"
 #include "summarise.h"
 #include "mass.h"
+#include "codes.h"
 #include "score.h"
 #include "select.h"
 #include "attend.h"
@@ -29,7 +30,16 @@ QUEST_INLINE void with_dtype(DType dtype, Fn fn) {
 template <typename T>
 T element(const T*);
 
+void code_keys(DType dtype, Format format, const SummaryTask& task) {
+  if (format == Format::kAmx) return code_amx(task);
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(element(type));
+    format == Format::kRows ? code_rows<T>(task) : code_transposed<T>(task);
+  });
+}
+
 void summarise(DType dtype, Format format, const SummaryTask& task) {
+  if (task.kind == Summary::kKeyCodes) return code_keys(dtype, format, task);
   if (format == Format::kAmx) return summarise_amx(task);
   with_dtype(dtype, [&](auto type) {
     using T = decltype(element(type));

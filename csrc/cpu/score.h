@@ -1,4 +1,5 @@
-// score_pages: lo.k_min + hi.k_max for the heads of a GQA group, each summary read once. Included by kernels_impl.h.
+// score_pages: lo.k_min + hi.k_max, or the mass that codes promise, for the heads of a GQA group; each summary is read
+// once. Included by kernels_impl.h.
 
 // The summaries of the task's pages, found without a division a page.
 template <typename T>
@@ -86,30 +87,46 @@ QUEST_INLINE void split_query(const T* query, int64_t dim, float near, float far
   if (d < dim) put(d, query ? load(query + d) : Vec{});
 }
 
+// One head's query in float; zeros for a null `query`.
+template <typename T>
+QUEST_INLINE void widen_query(const T* query, int64_t dim, float* wide) {
+  for (int64_t d = 0; d < dim; d += kLanes) store(wide + d, query ? load(query + d) : Vec{});
+}
+
+// bounds[head][page] of G heads from `first` on, of which `heads` exist.
+template <typename T, int G>
+QUEST_INLINE void summary_bounds(const ScoreTask& task, const T* const* rows, int64_t first, int64_t heads,
+                                 float* queries, float (*bounds)[kScoreChunk]) {
+  const int64_t dim = task.head_dim;
+  for (int64_t g = 0; g < G; ++g) {
+    const T* query = g < heads ? static_cast<const T*>(task.query) + (first + g) * task.query_stride : nullptr;
+    if (task.kind == Summary::kKeyCodes) widen_query(query, dim, queries + g * dim);
+    else split_query(query, dim, task.near, task.far, queries + (2 * g) * dim, queries + (2 * g + 1) * dim);
+  }
+  if (task.kind == Summary::kKeyCodes) code_pages<G>(task, reinterpret_cast<const uint8_t* const*>(rows), queries, bounds);
+  else bound_pages<T, G>(task, rows, queries, bounds);
+}
+
 template <typename T>
 void score_chunk(const ScoreTask& task) {
-  alignas(64) float split[kHeadBatch * 2 * kMaxHeadDim];
+  alignas(64) float queries[kHeadBatch * 2 * kMaxHeadDim];
   alignas(64) float bounds[kHeadBatch][kScoreChunk];
   alignas(64) float reduced[kScoreChunk];
-  const int64_t count = task.end_page - task.first_page, dim = task.head_dim;
+  const int64_t count = task.end_page - task.first_page;
   const T* rows[kScoreChunk];
   find_summaries(task, rows);
+  const float scale = task.kind == Summary::kKeyCodes ? 1.0f : task.scale;  // codes have it inside
   for (int64_t first = 0; first < task.group; first += kHeadBatch) {
     const int64_t heads = task.group - first < kHeadBatch ? task.group - first : kHeadBatch;
-    for (int64_t g = 0; g < kHeadBatch; ++g) {
-      const T* query = static_cast<const T*>(task.query) + (first + g) * task.query_stride;
-      split_query(g < heads ? query : nullptr, dim, task.near, task.far, split + (2 * g) * dim,
-                  split + (2 * g + 1) * dim);
-    }
-    if (heads == 1) bound_pages<T, 1>(task, rows, split, bounds);
-    else if (heads == 2) bound_pages<T, 2>(task, rows, split, bounds);
-    else if (heads == 3) bound_pages<T, 3>(task, rows, split, bounds);
-    else if (heads == 4) bound_pages<T, 4>(task, rows, split, bounds);
-    else bound_pages<T, 8>(task, rows, split, bounds);
+    if (heads == 1) summary_bounds<T, 1>(task, rows, first, heads, queries, bounds);
+    else if (heads == 2) summary_bounds<T, 2>(task, rows, first, heads, queries, bounds);
+    else if (heads == 3) summary_bounds<T, 3>(task, rows, first, heads, queries, bounds);
+    else if (heads == 4) summary_bounds<T, 4>(task, rows, first, heads, queries, bounds);
+    else summary_bounds<T, 8>(task, rows, first, heads, queries, bounds);
     for (int64_t g = 0; g < heads; ++g) {
       float* scores = task.scores + (first + g) * task.score_stride;
       if (task.reduction == Reduction::kMass) {
-        task.lse[first + g] = scale_and_sum(bounds[g], count, task.scale, scores);
+        task.lse[first + g] = scale_and_sum(bounds[g], count, scale, scores);
       } else if (task.reduction == Reduction::kPerQueryHead) {
         for (int64_t i = 0; i < count; ++i) scores[i] = bounds[g][i];
       } else if (first + g == 0) {

@@ -127,6 +127,9 @@ QUEST_INLINE Vec odds(Vec a, Vec b) {
 struct Add { QUEST_INLINE Vec operator()(Vec a, Vec b) const { return a + b; } };
 struct Min { QUEST_INLINE Vec operator()(Vec a, Vec b) const { return vmin(a, b); } };
 struct Max { QUEST_INLINE Vec operator()(Vec a, Vec b) const { return vmax(a, b); } };
+// A NaN on either side stays.
+struct NanMin { QUEST_INLINE Vec operator()(Vec a, Vec b) const { return a != a ? a : b > a ? a : b; } };
+struct NanMax { QUEST_INLINE Vec operator()(Vec a, Vec b) const { return a != a ? a : b < a ? a : b; } };
 
 // Lane i of the result is the reduction of rows[i]; 15 steps for all sixteen.
 template <typename Op>

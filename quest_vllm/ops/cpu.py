@@ -67,9 +67,10 @@ def update_page_summaries(
     *,
     page_size: int,
     kv_format: str = "rows",
+    page_summary: str = "min_max",
 ) -> None:
-    """Recompute, in place, the min/max of every page that ``slot_mapping [num_tokens] int64`` wrote to."""
-    load().update_page_summaries(key_cache, summaries, slot_mapping, page_size, kv_format)
+    """Recompute, in place, the min/max or codes of every page that ``slot_mapping [num_tokens] int64`` wrote to."""
+    load().update_page_summaries(key_cache, summaries, slot_mapping, page_size, kv_format, page_summary)
 
 
 def score_pages(
@@ -82,10 +83,11 @@ def score_pages(
     group_reduction: str = "max",
     bound_radius: float = 1.0,
     scale: float = 1.0,
+    page_summary: str = "min_max",
 ) -> torch.Tensor:
     """Score each page from its summary: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end."""
     scores: torch.Tensor = load().score_pages(
-        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale
+        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale, page_summary
     )
     return scores
 

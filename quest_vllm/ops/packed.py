@@ -22,6 +22,7 @@ def update_page_summaries(
     slot_mapping: torch.Tensor,
     *,
     page_size: int,
+    page_summary: str = "min_max",
 ) -> None:
     """Apply ``operation`` to the blocks that ``slot_mapping`` names and write their summaries back."""
     block_size = key_cache.shape[2]
@@ -31,7 +32,7 @@ def update_page_summaries(
     blocks, inverse = torch.unique(slots // block_size, return_inverse=True)
     compact = summaries[blocks]
     keys = unpack_keys(key_cache[blocks], kv_format)
-    operation(keys, compact, inverse * block_size + slots % block_size, page_size=page_size)
+    operation(keys, compact, inverse * block_size + slots % block_size, page_size=page_size, page_summary=page_summary)
     summaries[blocks] = compact
 
 

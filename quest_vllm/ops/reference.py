@@ -6,7 +6,8 @@ against dense attention. Arithmetic is float32 whatever the inputs' dtype (float
 Shapes used throughout:
 
     key_cache, value_cache  [num_blocks, num_kv_heads, block_size, head_dim]
-    summaries               [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]   k_min at 0, k_max at 1
+    summaries               [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]   k_min at 0, k_max at 1; or, with
+                            page_summary "key_codes", the bytes that quest_vllm.ops.key_codes describes
     block_table             [num_reqs, max_blocks] int32
     seq_lens, page_budgets  [num_reqs] int32
     page_scores             [num_reqs, num_score_heads, max_pages] float32
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from quest_vllm.config import GROUP_REDUCTIONS
+from quest_vllm.config import GROUP_REDUCTIONS, PAGE_SUMMARIES
+from quest_vllm.ops import key_codes
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,14 +44,20 @@ def page_table(block_table: torch.Tensor, pages_per_block: int) -> torch.Tensor:
 
 
 def update_page_summaries(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    page_summary: str = "min_max",
 ) -> None:
-    """Recompute, in place, the min/max of every page that ``slot_mapping`` wrote to.
+    """Recompute, in place, the min/max or the codes of every page that ``slot_mapping`` wrote to.
 
     ``slot_mapping`` is ``[num_tokens] int64``; negative slots are padding. A page's summary covers its rows from 0 to
     the last row written in this call, read back from the cache: the stale summary of a reused block is never merged,
     so the update is idempotent, and right for chunked prefill and copied partial blocks. Quest, section 3.3.
     """
+    check_page_summary(page_summary, key_cache.shape[3], page_size)
     block_size = key_cache.shape[2]
     slots = slot_mapping[slot_mapping >= 0]
     last_written: dict[int, int] = {}
@@ -60,9 +68,22 @@ def update_page_summaries(
     for page, last in last_written.items():
         block, sub_page = divmod(page, pages_per_block)
         first_row = sub_page * page_size
+        if page_summary == "key_codes":
+            rows = key_cache[block, :, first_row : first_row + page_size]
+            written = torch.full(rows.shape[:1], last + 1, device=rows.device)
+            key_codes.code_bytes(summaries)[block, :, sub_page] = key_codes.encode(rows, written)
+            continue
         rows = key_cache[block, :, first_row : first_row + last + 1]
         summaries[block, :, sub_page, 0] = rows.amin(dim=1)
         summaries[block, :, sub_page, 1] = rows.amax(dim=1)
+
+
+def check_page_summary(page_summary: str, head_dim: int, page_size: int) -> None:
+    """Raise ``ValueError`` for an unknown kind of summary, or one that pages of this shape cannot have."""
+    if page_summary not in PAGE_SUMMARIES:
+        raise ValueError(f"page_summary: expected one of {PAGE_SUMMARIES}, got {page_summary!r}")
+    if page_summary == "key_codes":
+        key_codes.check_sizes(head_dim, page_size)
 
 
 def check_bound_radius(bound_radius: float) -> None:
@@ -104,6 +125,7 @@ def score_pages(
     group_reduction: str = "max",
     bound_radius: float = 1.0,
     scale: float = 1.0,
+    page_summary: str = "min_max",
 ) -> torch.Tensor:
     """Score each page from its summary.
 
@@ -117,20 +139,27 @@ def score_pages(
     over the group: ``log(sum_g exp(s_gp - logsumexp_p(s_gp)))`` with ``s = scale * bound``; ``scale``, the attention's,
     matters there alone. A NaN bound makes its own page's score NaN and counts for nothing in other pages' scores.
 
+    With ``page_summary`` "key_codes" a page's bound is instead the log of the mass that its codes promise
+    (:func:`quest_vllm.ops.key_codes.page_logits`): ``scale`` is inside it, and ``bound_radius`` has no meaning.
+
     Pages past the end of a request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32. Raises
     ``ValueError`` for an unknown reduction and a radius outside [0, 1].
     """
-    num_reqs, num_q_heads, head_dim = query.shape
+    num_reqs, _, head_dim = query.shape
     _, num_kv_heads, pages_per_block, _, _ = summaries.shape
-    group = num_q_heads // num_kv_heads
+    check_page_summary(page_summary, head_dim, page_size)
     pages = page_table(block_table, pages_per_block)
     valid = torch.arange(pages.shape[1], device=query.device) < num_pages(seq_lens, page_size)[:, None]
-    flat = summaries.transpose(1, 2).flatten(0, 1)  # [global pages, num_kv_heads, 2, head_dim]
-    rows = _wide(flat[torch.where(valid, pages, 0)])  # [num_reqs, max_pages, num_kv_heads, 2, head_dim]
-    q = _wide(query).view(num_reqs, num_kv_heads, group, head_dim)
-    low, high = split_query(q, bound_radius)
-    bound = torch.einsum("rhgd,rphd->rhgp", low, rows[..., 0, :])
-    bound = bound + torch.einsum("rhgd,rphd->rhgp", high, rows[..., 1, :])
+    pages = torch.where(valid, pages, 0)
+    q = _wide(query).view(num_reqs, num_kv_heads, -1, head_dim)
+    if page_summary == "key_codes":
+        bound, scale = _coded_bounds(q, summaries, pages, seq_lens, scale), 1.0
+    else:
+        flat = summaries.transpose(1, 2).flatten(0, 1)  # [global pages, num_kv_heads, 2, head_dim]
+        rows = _wide(flat[pages])  # [num_reqs, max_pages, num_kv_heads, 2, head_dim]
+        low, high = split_query(q, bound_radius)
+        bound = torch.einsum("rhgd,rphd->rhgp", low, rows[..., 0, :])
+        bound = bound + torch.einsum("rhgd,rphd->rhgp", high, rows[..., 1, :])
     if group_reduction == "max":
         scores = bound.amax(dim=2)
     elif group_reduction == "mean":
@@ -142,6 +171,20 @@ def score_pages(
     else:
         raise ValueError(f"group_reduction: expected one of {GROUP_REDUCTIONS}, got {group_reduction!r}")
     return scores.masked_fill(~valid[:, None, :], float("-inf")).float()
+
+
+def _coded_bounds(
+    query: torch.Tensor, summaries: torch.Tensor, pages: torch.Tensor, seq_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``[num_reqs, num_kv_heads, group, max_pages]`` of a query ``[num_reqs, num_kv_heads, group, head_dim]``."""
+    coded = key_codes.code_bytes(summaries).transpose(1, 2).flatten(0, 1)  # [global pages, num_kv_heads, bytes]
+    starts = torch.arange(pages.shape[1], device=pages.device) * key_codes.TOKENS
+    tokens = (seq_lens[:, None] - starts).clamp(0, key_codes.TOKENS)  # [num_reqs, max_pages]
+    bounds = [  # a row at a time: an estimate of every key of a request is large
+        key_codes.page_logits(row, coded[own].transpose(0, 1), count.expand(row.shape[0], -1), scale=scale)
+        for row, own, count in zip(query, pages, tokens, strict=True)
+    ]
+    return torch.stack(bounds) if bounds else query.new_zeros(0, *query.shape[1:3], pages.shape[1])
 
 
 def select_pages(

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import torch
 
-from quest_vllm.ops.reference import page_table, score_pages, select_pages
+from quest_vllm.ops import key_codes
+from quest_vllm.ops.reference import check_page_summary, page_table, score_pages, select_pages
 
 __all__ = ["score_pages", "select_pages", "sparse_paged_attention", "update_page_summaries"]
 
 
 def update_page_summaries(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    page_summary: str = "min_max",
 ) -> None:
-    """Recompute the min/max of every page that ``slot_mapping`` wrote to; see the reference."""
+    """Recompute the min/max or the codes of every page that ``slot_mapping`` wrote to; see the reference."""
+    check_page_summary(page_summary, key_cache.shape[3], page_size)
     slots = slot_mapping[slot_mapping >= 0]
     pages, inverse = torch.unique(slots // page_size, return_inverse=True)
     last = torch.zeros_like(pages).scatter_reduce_(0, inverse, slots % page_size, "amax")
@@ -24,6 +31,11 @@ def update_page_summaries(
     block, sub_page = pages // pages_per_block, pages % pages_per_block
     rows = torch.arange(page_size, device=pages.device)
     keys = key_cache.transpose(1, 2)[block[:, None], sub_page[:, None] * page_size + rows]  # [pages, rows, heads, dim]
+    if page_summary == "key_codes":
+        by_head = keys.transpose(1, 2)  # [pages, heads, rows, dim]
+        coded = key_codes.encode(by_head, (last + 1)[:, None].expand(by_head.shape[:2]))
+        key_codes.code_bytes(summaries).transpose(1, 2)[block, sub_page] = coded
+        return
     written = (rows <= last[:, None])[:, :, None, None]
     by_page = summaries.transpose(1, 2)
     by_page[block, sub_page, :, 0] = keys.masked_fill(~written, float("inf")).amin(dim=1)

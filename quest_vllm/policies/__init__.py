@@ -1,15 +1,25 @@
 """How a decode step's pages are chosen: one small file a policy, behind one interface.
 
-The served policy is :class:`BoundPolicy`, whose two operations every implementation has. The others are written in
-PyTorch and exist to measure how far it is from what could be had; no backend offers them.
+Served are :class:`BoundPolicy`, whose two operations every implementation has, and :class:`KeyCodesPolicy`, which the
+reference, PyTorch and C++ ones have. The others are written in PyTorch and exist to measure how far those are from
+what could be had; no backend offers them.
 """
 
 from __future__ import annotations
 
 from quest_vllm.policies.base import DecodeStep, PagePolicy
 from quest_vllm.policies.bound import BoundPolicy
+from quest_vllm.policies.key_codes import KeyCodesPolicy
 from quest_vllm.policies.oracle import OraclePolicy
 from quest_vllm.policies.split_boxes import SplitBoxPolicy
 from quest_vllm.policies.two_stage import TwoStagePolicy
 
-__all__ = ["BoundPolicy", "DecodeStep", "OraclePolicy", "PagePolicy", "SplitBoxPolicy", "TwoStagePolicy"]
+__all__ = [
+    "BoundPolicy",
+    "DecodeStep",
+    "KeyCodesPolicy",
+    "OraclePolicy",
+    "PagePolicy",
+    "SplitBoxPolicy",
+    "TwoStagePolicy",
+]

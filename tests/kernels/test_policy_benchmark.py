@@ -32,7 +32,7 @@ def tokens(model: hf_reference.ReferenceModel) -> list[int]:
 
 @pytest.fixture(scope="module")
 def prefix(model: hf_reference.ReferenceModel, tokens: list[int]) -> hf_reference.Prefix:
-    return model.prefill(tokens[:256], 40, (16, 32))
+    return model.prefill(tokens[:256], 40)
 
 
 def test_dense_rows_equal_transformers(

@@ -15,17 +15,18 @@ from quest_vllm.audit_online import OnlineAudit, compare_full_pages
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows
 from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR
+from quest_vllm.ops.key_codes import code_bytes
 from quest_vllm.ops.reference import update_page_summaries
 from quest_vllm.page_layout import split_chunks, summary_bytes_per_token
 from quest_vllm.token_rows import step_rows
 
-BLOCK, HEADS, DIM, PAGE, BLOCKS = 32, 2, 8, 16, 12
+BLOCK, HEADS, DIM, PAGE, BLOCKS = 32, 2, 64, 16, 12
 NAME = "model.layers.2.self_attn.attn"
 
 
-def make_layer() -> Any:
+def make_layer(page_summary: str = "min_max") -> Any:
     """A layer whose cache holds random keys and their summaries."""
-    config = QuestConfig(page_size=PAGE)
+    config = QuestConfig(page_size=PAGE, page_summary=page_summary)
     content = 2 * DIM + summary_bytes_per_token(DIM, 4, PAGE) // 4
     torch.manual_seed(0)
     layer = SimpleNamespace(
@@ -33,7 +34,9 @@ def make_layer() -> Any:
         impl=SimpleNamespace(config=config, head_size=DIM, sliding_window=None),
     )
     views = split_chunks(layer.kv_cache, DIM, PAGE)
-    update_page_summaries(views.keys, views.summaries, torch.arange(BLOCKS * BLOCK), page_size=PAGE)
+    update_page_summaries(
+        views.keys, views.summaries, torch.arange(BLOCKS * BLOCK), page_size=PAGE, page_summary=page_summary
+    )
     return layer
 
 
@@ -48,6 +51,13 @@ def test_one_wrong_channel_is_found_where_it_is() -> None:
     assert compare_full_pages(layer, blocks, 0, 8) == ([(1, 3)], 8 * HEADS)
     assert compare_full_pages(layer, blocks, 3, 6) == ([(1, 3)], 3 * HEADS)
     assert compare_full_pages(layer, blocks, 4, 8) == ([], 4 * HEADS)
+
+
+def test_one_wrong_code_is_found_where_it_is() -> None:
+    layer, blocks = make_layer("key_codes"), torch.tensor([7, 2, 9, 4], dtype=torch.int32)
+    assert compare_full_pages(layer, blocks, 0, 8) == ([], 8 * HEADS)
+    code_bytes(summaries(layer))[2, 1, 1, 3 * DIM + 5] ^= 4
+    assert compare_full_pages(layer, blocks, 0, 8) == ([(1, 3)], 8 * HEADS)
 
 
 @pytest.fixture

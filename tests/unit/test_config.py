@@ -89,6 +89,8 @@ def test_mistyped_environment_variable_is_refused_and_a_stranger_is_not() -> Non
         ("dense_layers", "0,1"),
         ("group_reduction", "sum"),
         ("group_reduction", None),
+        ("page_summary", "means"),
+        ("page_summary", None),
         ("bound_radius", -0.01),
         ("bound_radius", 1.01),
         ("bound_radius", "0.5"),
@@ -138,6 +140,12 @@ def test_bad_environment_number_names_the_variable() -> None:
 def test_bad_environment_integer_names_the_variable() -> None:
     with pytest.raises(QuestConfigError, match="QUEST_PAGE_SIZE: expected an integer, got 'big'"):
         load_config(None, {"QUEST_PAGE_SIZE": "big"})
+
+
+def test_key_codes_are_for_pages_of_sixteen_tokens() -> None:
+    assert load_config(None, {"QUEST_PAGE_SUMMARY": "key_codes"}).page_summary == "key_codes"
+    with pytest.raises(QuestConfigError, match="page_size: expected 16 with page_summary key_codes, got 32"):
+        load_config({"quest": {"page_summary": "key_codes", "page_size": 32}}, {})
 
 
 def test_smallest_budget_is_the_forced_pages() -> None:

@@ -51,3 +51,26 @@ def test_one_builder_counts(
                 names = [name(i) for i in sorted(group & set(indices))]
                 counting += layers.counts_rows(SimpleNamespace(parallel_config=parallel), names, config)
     assert counting == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "head_dim", "on_cpu", "said"),
+    [
+        ({}, 80, False, None),
+        ({"page_summary": "key_codes"}, 128, True, None),
+        ({"page_summary": "key_codes"}, 128, False, "page_summary: key_codes is not served on GPUs yet"),
+        (
+            {"page_summary": "key_codes"},
+            80,
+            True,
+            "head_dim that is a multiple of 64, got 80; set page_summary to min_max",
+        ),
+    ],
+)
+def test_page_summaries_that_cannot_be_served(settings: dict, head_dim: int, on_cpu: bool, said: str | None) -> None:
+    config = QuestConfig(**settings)
+    if said is None:
+        layers.refuse_page_summary(config, head_dim, on_cpu)
+    else:
+        with pytest.raises(compat.UnsupportedVllm, match=said):
+            layers.refuse_page_summary(config, head_dim, on_cpu)

@@ -1,0 +1,131 @@
+"""Key codes: a page summary that knows each of its tokens, in the bytes of a 16-bit min/max. Eager reference.
+
+The box of a page forgets which token was where, and so do means of neighbours: one outlying key among sixteen, a
+needle, is lost in them. Here half of a page's channels keep two bits a token, the others the middle of their range:
+
+* Channels are paired, D/4 apart: under rotary embeddings a fast channel with a slow one. Of each pair the page codes
+  the one whose keys range wider; ties go to the first.
+* A coded channel d with keys from ``lo`` to ``hi`` has ``step = (hi - lo) / 4``, ``base = lo + step / 2``, and for each
+  token t the code ``c_td`` in 0..3 nearest to its key, so ``k_td`` is about ``base_d + step_d * c_td``.
+* The other channel of the pair is ``(lo + hi) / 2`` for every token.
+
+Only minima, maxima and correctly rounded operations on single keys: every implementation gives the same bits. With
+D = head_dim, a page's first 4 * D bytes hold
+
+    base   [D / 2]             bfloat16        of pair p; pairs 0 .. D/4 - 1 start at channel p, the others at p + D/4
+    step   [D / 2]             float8_e4m3fn   the sign bit says that the second channel of the pair is coded
+    rest   [D / 2]             float8_e4m3fn   of the other channel, saturated at 448
+    codes  [D / 32, 16] words  uint32          pair 16 w + j of token t: bits 2 j and 2 j + 1 of word (w, t)
+
+A page's score for a query head is the log of the attention mass that the estimates promise its tokens: the log-sum-exp
+of ``scale * q.k`` over those of its tokens that the request has. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TOKENS = 16  # of a page
+CHANNELS = 64  # head_dim is a multiple: pairs come in whole vectors of sixteen
+FP8_MAX = 448.0
+
+
+def check_sizes(head_dim: int, page_size: int) -> None:
+    """Raise ``ValueError`` unless pages of ``page_size`` keys of ``head_dim`` channels can be coded."""
+    if page_size != TOKENS:
+        raise ValueError(f"page_size: expected {TOKENS} with page_summary key_codes, got {page_size}")
+    if head_dim % CHANNELS or head_dim <= 0:
+        raise ValueError(f"head_dim: expected a multiple of {CHANNELS} with page_summary key_codes, got {head_dim}")
+
+
+def code_bytes(summaries: torch.Tensor) -> torch.Tensor:
+    """The codes inside ``summaries [..., 2, D]``, a view ``[..., 4 * D]`` uint8: all of 16-bit rows, or the start."""
+    flat = summaries.view(torch.uint8).flatten(-2)
+    if flat.data_ptr() != summaries.data_ptr():
+        raise ValueError(f"summaries: expected contiguous rows, got strides {summaries.stride()}")
+    return flat[..., : 4 * summaries.shape[-1]]
+
+
+def split_pairs(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second channel of every pair: ``[..., D]`` to twice ``[..., D / 2]``."""
+    quarters = rows.unflatten(-1, (2, 2, -1))
+    return quarters[..., 0, :].flatten(-2), quarters[..., 1, :].flatten(-2)
+
+
+def _one_nan(values: torch.Tensor) -> torch.Tensor:
+    """The positive one for every NaN, so that bytes can be compared."""
+    return torch.where(values.isnan(), float("nan"), values)
+
+
+def _to_fp8(values: torch.Tensor) -> torch.Tensor:
+    return _one_nan(values.clamp(-FP8_MAX, FP8_MAX)).to(torch.float8_e4m3fn)
+
+
+def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Code pages: ``keys [..., 16, D]``, of which ``written [...]`` (1 to 16) rows count, to ``[..., 4 * D]`` uint8.
+
+    A NaN key spoils its page alone; infinite ones saturate where they are coded.
+    """
+    keys = keys.float()
+    hidden = (torch.arange(TOKENS, device=keys.device) >= written[..., None])[..., None]
+    low = keys.masked_fill(hidden, float("inf")).amin(dim=-2)
+    high = keys.masked_fill(hidden, float("-inf")).amax(dim=-2)
+    (first_low, second_low), (first_high, second_high) = split_pairs(low), split_pairs(high)
+    second = second_high - second_low > first_high - first_low  # [..., D / 2]
+    low = torch.where(second, second_low, first_low)
+    step = _to_fp8((torch.where(second, second_high, first_high) - low) * 0.25)
+    base = _one_nan(low + step.float() * 0.5).bfloat16()
+    rest = _to_fp8((torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)) * 0.5)
+    coded = torch.where(second[..., None, :], *reversed(split_pairs(keys)))  # [..., 16, D / 2]
+    levels = (coded - base.float()[..., None, :]) / step.float()[..., None, :]
+    levels = torch.where(levels > 0, levels.clamp(max=3), 0.0).round().long()  # NaN is none; ties go to even
+    levels = levels.masked_fill((step.float() == 0)[..., None, :] | hidden, 0)
+    shifts = 2 * torch.arange(16, device=keys.device)
+    words = (levels.unflatten(-1, (-1, 16)) << shifts).sum(-1).transpose(-1, -2)  # [..., D / 32, 16]
+    signed = step.view(torch.uint8) | second.to(torch.uint8) << 7
+    parts = (base.view(torch.uint8), signed, rest.view(torch.uint8), _little_endian(words).flatten(-3))
+    return torch.cat(parts, dim=-1)
+
+
+def _little_endian(words: torch.Tensor) -> torch.Tensor:
+    return (words[..., None] >> torch.tensor([0, 8, 16, 24], device=words.device) & 255).to(torch.uint8)
+
+
+def split_logits(query: torch.Tensor, coded: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a page's tokens share of their logits, and what each adds to it.
+
+    ``query`` is ``[..., group, D]``, ``coded [..., pages, 4 * D]`` uint8; returns ``[..., group, pages]`` and ``[...,
+    group, pages, 16]``, times ``scale``.
+    """
+    half = query.shape[-1] // 2
+    base, step, rest, codes = coded.split((2 * half, half, half, 4 * half), dim=-1)
+    second = step >= 128
+    step = (step & 127).contiguous().view(torch.float8_e4m3fn).to(query.dtype)
+    base = base.contiguous().view(torch.bfloat16).to(query.dtype)
+    rest = rest.contiguous().view(torch.float8_e4m3fn).to(query.dtype)
+    # each half of the query [..., group, 1, D / 2] against the pages' [..., 1, pages, D / 2]
+    ours, others = (side.unsqueeze(-2) for side in split_pairs(query))
+    second, step, base, rest = (part.unsqueeze(-3) for part in (second, step, base, rest))
+    coded_query, other_query = torch.where(second, others, ours), torch.where(second, ours, others)
+    shared = (coded_query * base + other_query * rest).sum(-1)
+    levels = _levels(codes).to(query.dtype)  # [..., pages, 16, D / 2]
+    own = torch.einsum("...gpd,...ptd->...gpt", coded_query * step, levels)
+    return shared * scale, own * scale
+
+
+def _levels(codes: torch.Tensor) -> torch.Tensor:
+    """``[..., 2 * D]`` bytes to the codes ``[..., 16, D / 2]`` uint8."""
+    by_token = codes.unflatten(-1, (-1, TOKENS, 4)).transpose(-3, -2)  # [..., 16, D / 32, 4]
+    fields = by_token[..., None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device) & 3
+    return fields.flatten(-3)
+
+
+def page_logits(query: torch.Tensor, coded: torch.Tensor, tokens: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Log of the mass that each page promises, ``[..., group, pages]``; -inf for one without a token.
+
+    ``tokens [..., pages]`` int says how many of a page's tokens the request has (0 to 16); the rest as
+    :func:`split_logits`.
+    """
+    shared, own = split_logits(query, coded, scale)
+    hidden = torch.arange(TOKENS, device=tokens.device) >= tokens[..., None]
+    return shared + own.masked_fill(hidden.unsqueeze(-3), float("-inf")).logsumexp(-1)
