@@ -34,6 +34,7 @@ from quest_vllm.server.asgi import Refusal
 from quest_vllm.server.fields import read_request
 from quest_vllm.server.usage import count_usage
 from quest_vllm.tally import CAPACITY, TALLY_XARG, Tally, TallyWriter, read_tally, tally_number
+from quest_vllm.token_rows import step_rows
 
 LIMITS = BudgetLimits(QuestConfig(), 8192)
 BAD = [0, -0.1, 1.0001, 2, float("nan"), float("inf"), True, False, None, "0.9", [0.9], {}]
@@ -189,7 +190,7 @@ def test_counts_of_a_selection_reach_metrics_and_tally(run_dir: Path) -> None:
     )
     lengths, budgets = np.array([1000, 900, 1000], np.int32), np.array([512, 512, 512], np.int32)
     rows = classify(lengths.tolist(), budgets.tolist(), [0.9, 1, 0.5])
-    record_step(group, rows, lengths, budgets)
+    record_step(group, rows, step_rows(np.arange(4, dtype=np.int32), lengths, np.zeros(3, bool)), budgets)
     adapting = adaptive_rows(group, rows, lengths, np.array([7, 8, 0], np.int32))
     assert adapting is not None and adapting.rows.tolist() == [0, 2]
     for pages in ([[10, 20], [3, 5]], [[12, 22], [3, 3]]):  # two layers
