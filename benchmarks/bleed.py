@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -176,6 +177,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run; see the module's docstring."""
     arguments, at = parse(), commit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped either way
     flags = "--host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 4096 --max-num-seqs 16"
     command = [*quest_command(arguments.model), *flags.split(), "--served-model-name", "m"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **machine_environment()}
