@@ -95,7 +95,10 @@ def table(results: dict[str, Any]) -> str:
         versions = f"Python {found['python']}, vLLM {found['vllm']}, torch {found['torch']}"
         failed = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in found["failed"]) or "0"
         counted = f"{found['passed']} | {found['skipped']} | {failed} | {found['commit']}"
-        lines.append(f"| {entry.name}: {entry.note} | {versions} | {counted} |")
+        again = (
+            f" {len(found['again']['tests'])} of them run again: {found['again']['why']}." if "again" in found else ""
+        )
+        lines.append(f"| {entry.name}: {entry.note}{again} | {versions} | {counted} |")
     return "\n".join(lines)
 
 
