@@ -90,12 +90,16 @@ def table(results: dict[str, Any]) -> str:
     for entry in ENTRIES:
         found = results.get(entry.name)
         if found is None or "not_made" in found:
-            lines.append(f"| {entry.name} | not run: {found['not_made'] if found else 'never'} | | | | |")
+            why = found["not_made"] if found else "never" if entry.make else "by `make test` and CI instead"
+            lines.append(f"| {entry.name}: {entry.note} | not run here: {why} | | | | |")
             continue
         versions = f"Python {found['python']}, vLLM {found['vllm']}, torch {found['torch']}"
         failed = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in found["failed"]) or "0"
         counted = f"{found['passed']} | {found['skipped']} | {failed} | {found['commit']}"
-        lines.append(f"| {entry.name}: {entry.note} | {versions} | {counted} |")
+        again = (
+            f" {len(found['again']['tests'])} of them run again: {found['again']['why']}." if "again" in found else ""
+        )
+        lines.append(f"| {entry.name}: {entry.note}{again} | {versions} | {counted} |")
     return "\n".join(lines)
 
 

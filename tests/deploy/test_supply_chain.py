@@ -237,8 +237,12 @@ def test_matrix_says_what_failed_and_what_was_not_made() -> None:
     versions = {"python": "3.11.9", "vllm": "0.32.0", "torch": "2.13.0", "commit": "abc"}
     first, second, *_ = (entry.name for entry in ENTRIES)
     rows = test_matrix.table({first: {**versions, **found}, second: {"commit": "abc", "not_made": "no such Python"}})
-    assert "| 1 | 1 | `a.py::three` | abc |" in rows and f"| {second} | not run: no such Python |" in rows
-    assert rows.count("not run: never") == len(ENTRIES) - 2
+    assert (
+        "| 1 | 1 | `a.py::three` | abc |" in rows
+        and f"| {second}: " in rows
+        and "| not run here: no such Python |" in rows
+    )
+    assert rows.count("not run here: never") == len(ENTRIES) - 2
 
 
 def test_matrix_has_every_vllm_that_is_supported() -> None:
