@@ -208,7 +208,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=136, help="KV blocks of the server (default 136)")
-    parser.add_argument("--warm-up", type=float, default=0.25, help="share of the time before memory is judged")
+    parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time before memory is judged")
     parser.add_argument("--touch", type=int, default=500, help="prompts of many lengths before the load (default 500)")
     parser.add_argument("--most-tokens", type=int, default=320, help="of an answer (default 320)")
     parser.add_argument("--seed", type=int, default=0)
