@@ -155,7 +155,7 @@ def _auto(device_type: str, kv_format: str, shape: LayerShape | None) -> Ops:
     try:
         return load_ops(fast, device_type, kv_format, shape)
     except ImplementationUnavailable as error:
-        logger.warning("quest_vllm: no C++ kernels (%s); using %s%s", error, portable, slow)
+        logger.warning("quest_vllm: no fast kernels (%s); using %s%s", error, portable, slow)
         return load_ops(portable, device_type, kv_format, shape)
 
 
