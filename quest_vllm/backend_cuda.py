@@ -275,7 +275,14 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         refuse_layer_features(self.alibi_slopes, self.sinks)
         vllm_config: Any = compat.current_vllm_config()
         self.config: QuestConfig = start_up(vllm_config)
-        self._ops: Ops = load_ops(self.config.implementation, "cuda", shape=self._shape(vllm_config))
+        self._ops: Ops = load_ops(
+            self.config.implementation,
+            "cuda",
+            shape=self._shape(vllm_config),
+            page_summary=self.config.page_summary,
+        )
+        # the fused CUDA launches know no other kind of summary, and take no argument for it
+        self._summary: dict[str, Any] = {} if self._ops.name == "cuda" else {"page_summary": self.config.page_summary}
         self._views = BoundViews(self.head_size, self.config.page_size)
         self._writer: tuple[PageViews, Callable[..., None]] | None = None
         self._attend = compat.flash_attn_varlen_func()
@@ -308,7 +315,9 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             key, value, *views.by_token, slot_mapping, self.kv_cache_dtype, *scales
         )
         if has_summaries:
-            self._ops.update_page_summaries(views.keys, views.summaries, slot_mapping, page_size=page_size)
+            self._ops.update_page_summaries(
+                views.keys, views.summaries, slot_mapping, page_size=page_size, **self._summary
+            )
 
     def forward(
         self,
@@ -370,6 +379,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             out=output,
+            **self._summary,
         )
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:

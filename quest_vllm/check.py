@@ -113,7 +113,7 @@ def _chosen(config: QuestConfig, device: str) -> dict[str, Any]:
     from quest_vllm.support import backend_class
 
     backend = backend_class(device)
-    ops = load_ops(config.implementation, device)
+    ops = load_ops(config.implementation, device, page_summary=config.page_summary)
     chosen: dict[str, Any] = {
         "backend": f"{backend.__module__}.{backend.__name__}",
         "implementation": ops.name,

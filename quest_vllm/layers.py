@@ -26,7 +26,7 @@ def start_up(vllm_config: Any | None, kv_cache_spec: Any = None, layer_names: li
     if kv_cache_spec is not None and layer_names is not None:
         refuse_engine_features(vllm_config)
         refuse_block_size(kv_cache_spec.block_size, config.page_size)
-        refuse_page_summary(config, kv_cache_spec.head_size, compat.is_cpu_platform())
+        refuse_page_summary(config, kv_cache_spec.head_size)
         _report(config, layer_names, kv_cache_spec)
         record_memory(vllm_config, kv_cache_spec, layer_names)
     return config
@@ -82,15 +82,9 @@ def refuse_block_size(block_size: int, page_size: int) -> None:
         )
 
 
-def refuse_page_summary(config: QuestConfig, head_dim: int, on_cpu: bool) -> None:
+def refuse_page_summary(config: QuestConfig, head_dim: int) -> None:
     """Raise :class:`~quest_vllm.compat.UnsupportedVllm` where page_summary is one that this start cannot serve."""
-    if config.page_summary == "min_max":
-        return
-    if not on_cpu:
-        raise compat.UnsupportedVllm(
-            f"page_summary: {config.page_summary} is not served on GPUs yet; set page_summary to min_max"
-        )
-    if head_dim % CHANNELS:
+    if config.page_summary == "key_codes" and head_dim % CHANNELS:
         raise compat.UnsupportedVllm(
             f"page_summary: {config.page_summary} needs a head_dim that is a multiple of {CHANNELS}, got {head_dim}; "
             "set page_summary to min_max"

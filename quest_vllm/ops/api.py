@@ -82,6 +82,7 @@ def compose(
         softcap: float = 0.0,
         group_reduction: str = "max",
         bound_radius: float = 1.0,
+        page_summary: str = "min_max",
         sink_pages: int = 1,
         recent_pages: int = 2,
         top_p: torch.Tensor | None = None,
@@ -89,7 +90,7 @@ def compose(
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
-        scores = score_pages(query, summaries, *rows, page_size=page_size, **scoring)
+        scores = score_pages(query, summaries, *rows, page_size=page_size, page_summary=page_summary, **scoring)
         options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, "page_size": page_size}
         if top_p is not None:
             options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale)}
@@ -140,9 +141,13 @@ def _triton() -> Ops:
     return _from_module("triton", importlib.import_module("quest_vllm.ops.triton"))
 
 
-def _cuda(shape: LayerShape | None) -> Ops:
+def _cuda(shape: LayerShape | None, page_summary: str) -> Ops:
     from quest_vllm.ops import cuda
 
+    if page_summary != "min_max":
+        raise ImplementationUnavailable(
+            f"cuda: page_summary: expected min_max, got {page_summary}, which implementation triton has"
+        )
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
@@ -150,27 +155,33 @@ def _cuda(shape: LayerShape | None) -> Ops:
     return _from_module("cuda", cuda)
 
 
-def _auto(device_type: str, kv_format: str, shape: LayerShape | None) -> Ops:
+def _auto(device_type: str, *settings: Any) -> Ops:
     fast, portable, slow = ("cuda", "triton", "") if device_type == "cuda" else ("cpu", "torch", ", which is slow")
     try:
-        return load_ops(fast, device_type, kv_format, shape)
+        return load_ops(fast, device_type, *settings)
     except ImplementationUnavailable as error:
         logger.warning("quest_vllm: no fast kernels (%s); using %s%s", error, portable, slow)
-        return load_ops(portable, device_type, kv_format, shape)
+        return load_ops(portable, device_type, *settings)
 
 
 @functools.cache  # one build attempt, and one warning, for all layers
-def load_ops(implementation: str, device_type: str, kv_format: str = "rows", shape: LayerShape | None = None) -> Ops:
+def load_ops(
+    implementation: str,
+    device_type: str,
+    kv_format: str = "rows",
+    shape: LayerShape | None = None,
+    page_summary: str = "min_max",
+) -> Ops:
     """Return the operations of ``implementation`` for tensors on ``device_type`` ("cpu" or "cuda").
 
     ``kv_format`` is how keys and values lie inside a block: "rows" everywhere but on vLLM-CPU. ``shape`` is the
     layer's, where it is known. Raises :class:`ImplementationUnavailable` when a named implementation cannot run here or
-    serve that shape, ``ValueError`` for an unknown name.
+    serve that shape or ``page_summary``, ``ValueError`` for an unknown name.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "auto":
-        return _auto(device_type, kv_format, shape)
+        return _auto(device_type, kv_format, shape, page_summary)
     if implementation == "reference":
         return _eager("reference", reference, kv_format)
     if implementation == "torch":
@@ -183,6 +194,6 @@ def load_ops(implementation: str, device_type: str, kv_format: str = "rows", sha
     try:
         if implementation == "cpu":
             return _cpu(kv_format)
-        return _triton() if implementation == "triton" else _cuda(shape)
+        return _triton() if implementation == "triton" else _cuda(shape, page_summary)
     except (ImportError, OSError, RuntimeError) as error:
         raise ImplementationUnavailable(f"{implementation}: {error}") from error

@@ -1,8 +1,8 @@
 """How a decode step's pages are chosen: one small file a policy, behind one interface.
 
-Served are :class:`BoundPolicy`, whose two operations every implementation has, and :class:`KeyCodesPolicy`, which the
-reference, PyTorch and C++ ones have. The others are written in PyTorch and exist to measure how far those are from
-what could be had; no backend offers them.
+Served are :class:`BoundPolicy`, whose two operations every implementation has, and :class:`KeyCodesPolicy`, which all
+but the CUDA one have. The others are written in PyTorch and exist to measure how far those are from what could be had;
+no backend offers them.
 """
 
 from __future__ import annotations

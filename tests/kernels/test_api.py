@@ -43,3 +43,17 @@ def test_auto_without_a_compiler_warns_and_takes_plain_torch(
     assert "no C++ compiler" in caplog.text
     with pytest.raises(api.ImplementationUnavailable, match="no C\\+\\+ compiler"):
         api.load_ops("cpu", "cpu")
+
+
+def test_codes_of_keys_are_refused_by_the_cuda_kernels_and_go_to_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(api.ImplementationUnavailable, match="cuda: page_summary: expected min_max, got key_codes"):
+        api.load_ops("cuda", "cuda", page_summary="key_codes")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert api.load_ops("auto", "cuda", page_summary="key_codes").name == "triton"
+    assert (
+        "page_summary: expected min_max, got key_codes, which implementation triton has); using triton" in caplog.text
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,22 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
                 {"REDUCTION": 1, "FULL_RADIUS": True, "FILL_TAIL": True},
                 {"REDUCTION": 2, "FULL_RADIUS": False, "FILL_TAIL": True},
                 {"REDUCTION": 3, "FULL_RADIUS": False, "FILL_TAIL": False},
+            )
+        ],
+    ),
+    "encode_pages_kernel": (
+        "key_codes",
+        [{"BLOCK_SIZE": 64} | dim for dim in ({"HEAD_DIM": 64, "CHUNK": 32}, {"HEAD_DIM": 256, "CHUNK": 64})],
+    ),
+    "score_codes_kernel": (
+        "key_codes",
+        [
+            {"PAGES_PER_BLOCK": 4, "GROUP": 3, "PADDED_GROUP": 16, "TILE": 16} | variant
+            for variant in (
+                {"HEAD_DIM": 64, "CHUNK": 32, "PARTS": 2, "REDUCTION": 0, "FILL_TAIL": False},
+                {"HEAD_DIM": 128, "CHUNK": 64, "PARTS": 1, "REDUCTION": 1, "FILL_TAIL": True},
+                {"HEAD_DIM": 128, "CHUNK": 64, "PARTS": 1, "REDUCTION": 2, "FILL_TAIL": True},
+                {"HEAD_DIM": 256, "CHUNK": 64, "PARTS": 3, "REDUCTION": 3, "FILL_TAIL": False},
             )
         ],
     ),
@@ -71,6 +88,12 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
     ),
 }
 
+OPTIONS: dict[str, dict[str, Any]] = {  # other than four warps; as the launches say
+    "encode_pages_kernel": {"enable_fp_fusion": False},
+    "score_codes_kernel": {"num_warps": 8, "num_stages": 2},
+}
+EXACT = {"encode_pages_kernel"}  # single operations, each correctly rounded
+
 
 def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument, told from its name."""
@@ -82,8 +105,8 @@ def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str
             return "*i32"
         if name in FLOAT_POINTERS:
             return "*fp32"
-        if name == "slot_ptr":
-            return "*i64"
+        if name in {"slot_ptr", "coded_ptr"}:
+            return "*i64" if name == "slot_ptr" else "*u8"
         if name.endswith("_ptr"):
             return f"*{dtype}"
         return (
@@ -110,8 +133,14 @@ def compile_kernel(name: str) -> int:
     for constants, arch in itertools.product(variants, ARCHITECTURES):
         for dtype in dtypes if constants is variants[0] else dtypes[:1]:
             source = ASTSource(kernel, signature_of(kernel, constants, dtype), constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+            options = {"num_warps": 4} | OPTIONS.get(name, {})
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             assert compiled.asm["cubin"]
+            if name in EXACT:
+                inexact = set(re.findall(r"fma\S*|div\.(?:full|approx)\S*|rcp\S*|\S*\.ftz\S*", compiled.asm["ptx"]))
+                assert not inexact, (
+                    f"{name}, sm_{arch}, {dtype}: its bytes could differ from the reference's: {inexact}"
+                )
             count += 1
     return count
 

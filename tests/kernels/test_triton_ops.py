@@ -1,4 +1,6 @@
-"""Runs the cases of ``triton_cases.py``: here on a GPU, else in Triton's interpreter, in a process of its own.
+"""Runs the cases of ``triton_cases.py`` and ``triton_code_cases.py``.
+
+Here on a GPU, else in Triton's interpreter, in a process of its own.
 
 Triton reads TRITON_INTERPRET once, when it is first imported, and importing vLLM imports it. A process of its own
 keeps the order of the test files from mattering, and the switch from reaching the servers that other tests start.
@@ -16,16 +18,19 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = ("triton_cases", "triton_code_cases")
 
 if torch.cuda.is_available():
-    pytest.register_assert_rewrite("tests.kernels.triton_cases")
+    pytest.register_assert_rewrite(*(f"tests.kernels.{name}" for name in CASES))
     from tests.kernels.triton_cases import *  # noqa: F403
+    from tests.kernels.triton_code_cases import *  # noqa: F403
 else:
 
-    def test_kernels_in_the_interpreter() -> None:
+    @pytest.mark.parametrize("name", CASES)
+    def test_kernels_in_the_interpreter(name: str) -> None:
+        cases = Path(__file__).with_name(f"{name}.py")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"TRITON_INTERPRET": "1"},
             capture_output=True,

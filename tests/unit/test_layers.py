@@ -54,23 +54,17 @@ def test_one_builder_counts(
 
 
 @pytest.mark.parametrize(
-    ("settings", "head_dim", "on_cpu", "said"),
+    ("settings", "head_dim", "said"),
     [
-        ({}, 80, False, None),
-        ({"page_summary": "key_codes"}, 128, True, None),
-        ({"page_summary": "key_codes"}, 128, False, "page_summary: key_codes is not served on GPUs yet"),
-        (
-            {"page_summary": "key_codes"},
-            80,
-            True,
-            "head_dim that is a multiple of 64, got 80; set page_summary to min_max",
-        ),
+        ({}, 80, None),
+        ({"page_summary": "key_codes"}, 128, None),
+        ({"page_summary": "key_codes"}, 80, "head_dim that is a multiple of 64, got 80; set page_summary to min_max"),
     ],
 )
-def test_page_summaries_that_cannot_be_served(settings: dict, head_dim: int, on_cpu: bool, said: str | None) -> None:
+def test_page_summaries_that_cannot_be_served(settings: dict, head_dim: int, said: str | None) -> None:
     config = QuestConfig(**settings)
     if said is None:
-        layers.refuse_page_summary(config, head_dim, on_cpu)
+        layers.refuse_page_summary(config, head_dim)
     else:
         with pytest.raises(compat.UnsupportedVllm, match=said):
-            layers.refuse_page_summary(config, head_dim, on_cpu)
+            layers.refuse_page_summary(config, head_dim)

@@ -47,6 +47,26 @@ def min_with_nan(values, axis: tl.constexpr):
 
 
 @triton.jit
+def finite_or_zero(values):
+    """What may be subtracted before ``exp``: infinities would give NaN."""
+    return tl.where(tl.abs(values) == float("inf"), 0.0, values)
+
+
+@triton.jit
+def is_last_of_page(slot_ptr, token, num_tokens, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether token ``token`` has a slot, the greatest of those that ``slot_ptr [num_tokens]`` names in its page.
+
+    Looks at ``WINDOW >= 2 * PAGE_SIZE`` tokens around it.
+    """
+    slot = tl.load(slot_ptr + token)
+    near = token - PAGE_SIZE + tl.arange(0, WINDOW)
+    near_slots = tl.load(slot_ptr + near, mask=(near >= 0) & (near < num_tokens), other=-1)
+    same_page = (near_slots >= 0) & (near_slots // PAGE_SIZE == slot // PAGE_SIZE)
+    later = tl.sum((same_page & (near_slots > slot)).to(tl.int32), axis=0)
+    return (slot >= 0) & (later == 0)
+
+
+@triton.jit
 def dot(left, right, acc):
     """``left @ right + acc`` with float32 accumulation and no TF32 rounding."""
     if INTERPRETED:  # the interpreter keeps bfloat16 as raw bits and would multiply those; the products are the same

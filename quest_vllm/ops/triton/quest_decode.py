@@ -24,6 +24,7 @@ def quest_decode(
     softcap: float = 0.0,
     group_reduction: str = "max",
     bound_radius: float = 1.0,
+    page_summary: str = "min_max",
     sink_pages: int = 1,
     recent_pages: int = 2,
     top_p: torch.Tensor | None = None,
@@ -42,6 +43,7 @@ def quest_decode(
         group_reduction=group_reduction,
         bound_radius=bound_radius,
         scale=scale,
+        page_summary=page_summary,
         fill_tail=False,
     )
     selected = select_pages(

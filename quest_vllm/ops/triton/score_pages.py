@@ -7,25 +7,21 @@ log-sum-exp of each tile of them in scratch, the second merges those of a row an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from quest_vllm.ops.reference import check_bound_radius
-from quest_vllm.ops.triton.common import MIN_DOT_ROWS, cdiv, dot, dot_tile, max_with_nan, padded
+from quest_vllm.ops.reference import check_bound_radius, check_page_summary
+from quest_vllm.ops.triton.common import MIN_DOT_ROWS, cdiv, dot, dot_tile, finite_or_zero, max_with_nan, padded
+from quest_vllm.ops.triton.key_codes import CODED_PAGES_PER_TILE, score_codes
 
 PAGES_PER_TILE = 64
 TARGET_PROGRAMS = 2048
 PAGES_PER_COMBINE_TILE = 256
 LSE_TILE = 128  # tiles whose log-sum-exp is merged at once
 REDUCTIONS = {"max": 0, "mean": 1, "per_query_head": 2, "mass": 3}
-
-
-@triton.jit
-def finite_or_zero(values):
-    """What may be subtracted before ``exp``: infinities would give NaN."""
-    return tl.where(tl.abs(values) == float("inf"), 0.0, values)
 
 
 @triton.jit
@@ -174,13 +170,13 @@ class MassScratch:
     """What the mass reduction keeps between its launches. Needs no initialisation; may be larger than needed."""
 
     logits: torch.Tensor  # [num_reqs, num_q_heads, max_pages] float32
-    lse: torch.Tensor  # [num_reqs, num_q_heads, ceil(max_pages / 32) or more] float32
+    lse: torch.Tensor  # [num_reqs, num_q_heads, ceil(max_pages / 16) or more] float32
 
 
 def mass_scratch(num_reqs: int, num_q_heads: int, max_pages: int, *, device: torch.device) -> MassScratch:
     """Allocate the scratch of :func:`score_pages` with ``group_reduction="mass"``."""
     logits = torch.empty(num_reqs, num_q_heads, max_pages, dtype=torch.float32, device=device)
-    lse_tiles = cdiv(max_pages, PAGES_PER_TILE // 2)  # dot_tile may halve the tile
+    lse_tiles = cdiv(max_pages, CODED_PAGES_PER_TILE)  # the smallest tile of either kind of summary
     return MassScratch(logits, torch.empty(num_reqs, num_q_heads, lse_tiles, dtype=torch.float32, device=device))
 
 
@@ -194,6 +190,7 @@ def score_pages(
     group_reduction: str = "max",
     bound_radius: float = 1.0,
     scale: float = 1.0,
+    page_summary: str = "min_max",
     out: torch.Tensor | None = None,
     scratch: MassScratch | None = None,
     fill_tail: bool = True,
@@ -205,15 +202,15 @@ def score_pages(
     ``seq_lens`` ``[num_reqs]`` int32. Returns ``out`` (made when None), ``[num_reqs, num_score_heads, max_pages]``
     float32. ``scratch`` (made when None) serves "mass" alone. ``fill_tail=False`` leaves the entries past a request's
     end as they were, so that the work doesn't grow with ``max_pages``; :func:`select_pages` never reads them. Raises
-    ``ValueError`` for an unknown reduction or a radius outside [0, 1].
+    ``ValueError`` for an unknown reduction, a radius outside [0, 1], or a kind of summary that pages cannot have.
     """
     if group_reduction not in REDUCTIONS:
         raise ValueError(f"group_reduction: expected one of {tuple(REDUCTIONS)}, got {group_reduction!r}")
     check_bound_radius(bound_radius)
-    num_reqs, num_q_heads, head_dim = query.shape
+    check_page_summary(page_summary, query.shape[2], page_size)
+    num_reqs, num_q_heads, _ = query.shape
     num_kv_heads, pages_per_block = summaries.shape[1:3]
     max_pages = block_table.shape[1] * pages_per_block
-    group = num_q_heads // num_kv_heads
     if out is None:
         num_heads = num_q_heads if group_reduction == "per_query_head" else num_kv_heads
         out = torch.empty(num_reqs, num_heads, max_pages, dtype=torch.float32, device=query.device)
@@ -224,11 +221,47 @@ def score_pages(
     if mass:
         scratch = scratch or mass_scratch(num_reqs, num_q_heads, max_pages, device=query.device)
         bounds, lse = scratch.logits, scratch.lse
+    tensors = (query, summaries, block_table, seq_lens, bounds, lse)
+    settings: dict[str, Any] = {"reduction": REDUCTIONS[group_reduction], "scale": float(scale)}
+    settings["fill_tail"] = fill_tail and not mass  # the second launch does
+    if page_summary == "key_codes":
+        tile = CODED_PAGES_PER_TILE
+        score_codes(*tensors, programs=_programs(max_pages, tile, num_reqs * num_kv_heads), **settings)
+    else:
+        tile = _score_boxes(*tensors, page_size=page_size, bound_radius=bound_radius, **settings)
+    if mass:
+        _combine_mass(bounds, lse, seq_lens, out, page_size, tile, fill_tail)
+    return out
+
+
+def _programs(max_pages: int, tile: int, rows: int) -> int:
+    """How many programs share a row. Changes no result: a page's score depends on its own tile column only."""
+    return min(cdiv(max_pages, tile), max(1, TARGET_PROGRAMS // rows))
+
+
+def _score_boxes(
+    query: torch.Tensor,
+    summaries: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    bounds: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    page_size: int,
+    reduction: int,
+    bound_radius: float,
+    scale: float,
+    fill_tail: bool,
+) -> int:
+    """Launch the kernel of minima and maxima; returns the pages of a tile."""
+    num_reqs, num_q_heads, head_dim = query.shape
+    num_kv_heads, pages_per_block = summaries.shape[1:3]
+    max_pages = block_table.shape[1] * pages_per_block
+    group = num_q_heads // num_kv_heads
     padded_dim = padded(head_dim, 16)
     tile, stages = dot_tile(PAGES_PER_TILE, padded_dim * summaries.element_size())
-    # how many programs share a row changes no result: a page's score depends on its own tile column only
-    tiles = min(cdiv(max_pages, tile), max(1, TARGET_PROGRAMS // (num_reqs * num_kv_heads)))
-    score_pages_kernel[(tiles, num_kv_heads, num_reqs)](
+    programs = _programs(max_pages, tile, num_reqs * num_kv_heads)
+    score_pages_kernel[(programs, num_kv_heads, num_reqs)](
         query,
         summaries,
         block_table,
@@ -238,7 +271,7 @@ def score_pages(
         max_pages,
         (1.0 + bound_radius) / 2,
         (1.0 - bound_radius) / 2,
-        float(scale),
+        scale,
         *query.stride()[:2],
         *summaries.stride()[:4],
         block_table.stride(0),
@@ -251,15 +284,13 @@ def score_pages(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
         TILE=tile,
-        REDUCTION=REDUCTIONS[group_reduction],
+        REDUCTION=reduction,
         FULL_RADIUS=bound_radius == 1.0,
-        FILL_TAIL=fill_tail and not mass,
+        FILL_TAIL=fill_tail,
         num_warps=4,
         num_stages=stages,
     )
-    if mass:
-        _combine_mass(bounds, lse, seq_lens, out, page_size, tile, fill_tail)
-    return out
+    return tile
 
 
 def _combine_mass(
@@ -274,7 +305,7 @@ def _combine_mass(
     num_reqs, num_kv_heads, max_pages = out.shape
     group = logits.shape[1] // num_kv_heads
     combine_tile = min(PAGES_PER_COMBINE_TILE, padded(max_pages, 16))
-    tiles = min(cdiv(max_pages, combine_tile), max(1, TARGET_PROGRAMS // (num_reqs * num_kv_heads)))
+    tiles = _programs(max_pages, combine_tile, num_reqs * num_kv_heads)
     combine_mass_kernel[(tiles, num_kv_heads, num_reqs)](
         logits,
         lse,

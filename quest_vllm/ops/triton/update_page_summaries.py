@@ -1,4 +1,4 @@
-"""Page summaries: min/max of every written page, recomputed from the stored keys (Quest, section 3.3)."""
+"""Page summaries: min/max or codes of every written page, recomputed from the stored keys (Quest, section 3.3)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quest_vllm.ops.triton.common import max_with_nan, min_with_nan, padded
+from quest_vllm.ops.reference import check_page_summary
+from quest_vllm.ops.triton.common import is_last_of_page, max_with_nan, min_with_nan, padded
+from quest_vllm.ops.triton.key_codes import encode_pages
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -31,33 +33,33 @@ def update_page_summaries_kernel(
     """One program per (token, KV head); only the one that holds its page's greatest written offset acts."""
     token = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_ptr + token)
-    if slot >= 0:
-        near = token - PAGE_SIZE + tl.arange(0, WINDOW)
-        near_slots = tl.load(slot_ptr + near, mask=(near >= 0) & (near < num_tokens), other=-1)
-        same_page = (near_slots >= 0) & (near_slots // PAGE_SIZE == slot // PAGE_SIZE)
-        later = tl.sum((same_page & (near_slots > slot)).to(tl.int32), axis=0)
-        if later == 0:
-            block = slot // BLOCK_SIZE
-            row = slot % BLOCK_SIZE
-            page = row // PAGE_SIZE
-            rows = page * PAGE_SIZE + tl.arange(0, PAGE_SIZE)
-            dims = tl.arange(0, PADDED_DIM)
-            written = (rows <= row)[:, None]
-            inside = (dims < HEAD_DIM)[None, :]
-            base = key_ptr + block * key_block_stride + head * key_head_stride
-            keys = tl.load(base + rows[:, None] * key_row_stride + dims[None, :], mask=written & inside, other=0.0)
-            keys = keys.to(tl.float32)
-            low = min_with_nan(tl.where(written, keys, float("inf")), 0)
-            high = max_with_nan(tl.where(written, keys, float("-inf")), 0)
-            out = summary_ptr + block * summary_block_stride + head * summary_head_stride + page * summary_page_stride
-            element = summary_ptr.dtype.element_ty
-            tl.store(out + dims, low.to(element), mask=dims < HEAD_DIM)
-            tl.store(out + summary_bound_stride + dims, high.to(element), mask=dims < HEAD_DIM)
+    if is_last_of_page(slot_ptr, token, num_tokens, PAGE_SIZE, WINDOW):
+        slot = tl.load(slot_ptr + token)
+        block = slot // BLOCK_SIZE
+        row = slot % BLOCK_SIZE
+        page = row // PAGE_SIZE
+        rows = page * PAGE_SIZE + tl.arange(0, PAGE_SIZE)
+        dims = tl.arange(0, PADDED_DIM)
+        written = (rows <= row)[:, None]
+        inside = (dims < HEAD_DIM)[None, :]
+        base = key_ptr + block * key_block_stride + head * key_head_stride
+        keys = tl.load(base + rows[:, None] * key_row_stride + dims[None, :], mask=written & inside, other=0.0)
+        keys = keys.to(tl.float32)
+        low = min_with_nan(tl.where(written, keys, float("inf")), 0)
+        high = max_with_nan(tl.where(written, keys, float("-inf")), 0)
+        out = summary_ptr + block * summary_block_stride + head * summary_head_stride + page * summary_page_stride
+        element = summary_ptr.dtype.element_ty
+        tl.store(out + dims, low.to(element), mask=dims < HEAD_DIM)
+        tl.store(out + summary_bound_stride + dims, high.to(element), mask=dims < HEAD_DIM)
 
 
 def update_page_summaries(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    page_summary: str = "min_max",
 ) -> None:
     """Recompute, in place, the summary of every page that ``slot_mapping`` (``[num_tokens]`` int64) wrote to.
 
@@ -66,11 +68,15 @@ def update_page_summaries(
     contiguous rows. Negative slots are padding. The tokens of one page must lie within ``page_size`` positions of one
     another in ``slot_mapping``, in any order: vLLM lays a request's tokens side by side, and a page being written
     belongs to one request. Then one program alone (or several that store the same values) writes each summary.
+    ``page_summary`` says what it is; raises ``ValueError`` for one that such pages cannot have.
     """
-    num_tokens = slot_mapping.shape[0]
+    num_tokens, head_dim = slot_mapping.shape[0], key_cache.shape[3]
+    check_page_summary(page_summary, head_dim, page_size)
     if num_tokens == 0:
         return
-    head_dim = key_cache.shape[3]
+    if page_summary == "key_codes":
+        encode_pages(key_cache, summaries, slot_mapping)
+        return
     update_page_summaries_kernel[(num_tokens, key_cache.shape[1])](
         key_cache,
         summaries,
