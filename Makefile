@@ -107,7 +107,7 @@ audit: env
 bench-cpu: env kernels model
 	$(BIN)/python benchmarks/bench_cpu_ops.py --output benchmarks/results/cpu/ops.json
 	$(BIN)/quest-vllm bench $(MODEL) --against stock --context 2048,7000 --batch 1,4 --budgets dense,512 --repeats 2 \
-	--output benchmarks/results/cpu/bench -- --enforce-eager
+	--output benchmarks/results/cpu/$$(date +%F)-bench -- --enforce-eager
 
 # on a GPU machine, with vllm and quest-vllm installed in the current environment; MODEL=: a folder with a small model
 test-gpu:
