@@ -1,8 +1,8 @@
 # CPU image: the set-up of `make serve`, in two stages; the second has neither compiler nor test tools.
 #   docker build -t quest-vllm-cpu . && docker run --init --shm-size=1g -p 8000:8000 quest-vllm-cpu
 # Another model, any flag of `vllm serve`: docker run ... quest-vllm-cpu MODEL --host 0.0.0.0 [flags]
-# For a build that can be repeated to the byte, give the base by digest: --build-arg PYTHON_IMAGE=python@sha256:...
-ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
+# The base is pinned by digest, Python packages by hash (docker/lock-cpu.txt; x86-64), Debian's packages by neither.
+ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1
 
 FROM ${PYTHON_IMAGE} AS build
 # hadolint ignore=DL3008
@@ -11,7 +11,7 @@ WORKDIR /opt/quest_vllm
 COPY . .
 ENV QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels PIP_NO_CACHE_DIR=1
 # the kernels are built for every instruction set and chosen when the server starts, so any x86-64 machine can build
-RUN make env kernels model \
+RUN make env kernels model LOCKED=1 \
     && .venv/bin/python -m pip uninstall --yes --requirement docker/not-in-image.txt
 
 FROM ${PYTHON_IMAGE}

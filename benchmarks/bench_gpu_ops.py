@@ -2,10 +2,12 @@
 
 usage: bench_gpu_ops.py [--output FILE.json]
 
-32 query and 8 KV heads, head_dim 128, bf16, page size 16, pages in random order. Each number is the median of 20
-replays of a CUDA graph with the L2 cache flushed before it, in microseconds a layer. ``limit`` is the bytes of the
-byte model (summaries plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean
-clocks of the fused launch's CTAs, as shares of its time on the GPU.
+32 query and 8 KV heads, head_dim 128, bf16, page size 16, pages in random order. Times are microseconds a layer, the
+median of 20 replays of a CUDA graph with the L2 cache flushed before it. ``alone``: one launch, whose code and data all
+come from memory, the graph's own launch included. ``in_graph``: as many layers, each with its own cache, as keep L2
+cold for data, which is what a decode step does; divided by their number. ``limit`` is the bytes of the byte model
+(summaries plus selected pages) over the copy bandwidth measured in the same run. ``stages`` are the mean clocks of the
+fused launch's CTAs, as shares of its time on the GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from quest_vllm.page_layout import PageViews, split_chunks
 KV_HEADS, GROUP, DIM, PAGE, BLOCK = 8, 4, 128, 16, 16
 SCALE = DIM**-0.5
 EVERYTHING = 2**31 - 1
+COLD_BYTES, MOST_BYTES = 200 * 2**20, 40 * 2**30  # more than L2 holds several times over; what the GPU has room for
 STAGES = ("inputs", "score", "select", "attend", "merge")
 # batch, context, budget
 CASES = (
@@ -50,6 +53,7 @@ def time_replays(step: Callable[[], object], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    graph.replay()
     flush = torch.empty(64 * 2**20, dtype=torch.float32, device="cuda")
     times = []
     for _ in range(repeats):
@@ -70,40 +74,54 @@ def copy_bandwidth() -> float:
     return 2 * 2**30 / time_replays(lambda: target.copy_(source))
 
 
-class Layer:
-    """One layer's cache and a batch of rows of equal length."""
+class Layers:
+    """The caches of some layers, and a batch of rows of equal length. ``bytes_read``: by a layer's cheapest step."""
 
-    def __init__(self, batch: int, context: int) -> None:
+    def __init__(self, batch: int, context: int, bytes_read: int) -> None:
         torch.cuda.empty_cache()
         self.batch, self.blocks = batch, context // BLOCK
         content = 2 * DIM + 2 * DIM // PAGE
-        cache = torch.randn(batch * self.blocks, KV_HEADS, BLOCK, content, device="cuda", dtype=torch.bfloat16)
-        self.views: PageViews = split_chunks(cache, DIM, PAGE)
-        self.views.summaries[..., 0, :].abs_().neg_()  # a minimum is no greater than a maximum
-        self.views.summaries[..., 1, :].abs_()
+        layer_bytes = batch * self.blocks * KV_HEADS * BLOCK * content * 2
+        count = max(2, min(64, COLD_BYTES // bytes_read, MOST_BYTES // layer_bytes))
+        self.views: list[PageViews] = []
+        for _ in range(count):
+            cache = torch.randn(batch * self.blocks, KV_HEADS, BLOCK, content, device="cuda", dtype=torch.bfloat16)
+            views = split_chunks(cache, DIM, PAGE)
+            views.summaries[..., 0, :].abs_().neg_()  # a minimum is no greater than a maximum
+            views.summaries[..., 1, :].abs_()
+            self.views.append(views)
         self.table = torch.randperm(batch * self.blocks, device="cuda").int().view(batch, self.blocks)
         self.query = torch.randn(batch, KV_HEADS * GROUP, DIM, device="cuda", dtype=torch.bfloat16)
         self.output = torch.empty_like(self.query)
         self.starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
         self.lengths = self.ints([context] * batch)
 
+    def time(self, step: Callable[[PageViews], object]) -> dict[str, float]:
+        """Microseconds of ``step`` on one layer's cache: alone, and among the others."""
+
+        def all_layers() -> None:
+            for views in self.views:
+                step(views)
+
+        alone = time_replays(lambda: step(self.views[0]))
+        return {"alone": alone, "in_graph": time_replays(all_layers) / len(self.views)}
+
     @staticmethod
     def ints(values: list[int]) -> torch.Tensor:
         """Int32 on the GPU."""
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
-    def quest(self, implementation: Any, budgets: torch.Tensor, **options: Any) -> None:
+    def quest(self, views: PageViews, implementation: Any, budgets: torch.Tensor, **options: Any) -> None:
         """One decode step of ours."""
-        views = self.views
         rows = (self.query, views.keys, views.values, views.summaries, self.table, self.lengths, budgets)
         implementation.quest_decode(*rows, page_size=PAGE, scale=SCALE, out=self.output, **options)
 
-    def dense(self) -> None:
+    def dense(self, views: PageViews) -> None:
         """One decode step of FlashAttention 3."""
         compat.flash_attn_varlen_func()(
             q=self.query,
-            k=self.views.keys.transpose(1, 2),
-            v=self.views.values.transpose(1, 2),
+            k=views.keys.transpose(1, 2),
+            v=views.values.transpose(1, 2),
             out=self.output,
             cu_seqlens_q=self.starts,
             max_seqlen_q=1,
@@ -120,69 +138,69 @@ class Layer:
         cluster = cuda.default_cluster_size(self.batch, KV_HEADS)
         marks = torch.zeros(self.batch, KV_HEADS, cluster, len(STAGES) + 1, dtype=torch.int64, device="cuda")
         for _ in range(3):
-            self.quest(cuda, budgets, timeline=marks, **options)
+            self.quest(self.views[0], cuda, budgets, timeline=marks, **options)
         spans = marks.diff(dim=-1).double().flatten(0, 2).mean(0)
         return dict(zip(STAGES, (spans / spans.sum()).tolist(), strict=True))
 
 
+def ratio(of: dict[str, float], to: dict[str, float]) -> dict[str, float]:
+    """How many times as long ``of`` takes as ``to``."""
+    return {way: of[way] / to[way] for way in of}
+
+
 def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[str, Any]:
     """Time one shape, with the original Quest's scores and with the default configuration's."""
-    layer = Layer(batch, context)
-    budgets = layer.ints([budget // PAGE] * batch)
+    bytes_read = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
+    layers = Layers(batch, context, bytes_read)
+    budgets = layers.ints([budget // PAGE] * batch)
     default = QuestConfig()
     served = {"group_reduction": default.group_reduction, "bound_radius": default.bound_radius}
-    fa3 = time_replays(layer.dense)
-    fused = time_replays(lambda: layer.quest(cuda, budgets))
-    bytes_moved = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
-    return {
-        "batch": batch,
-        "context": context,
-        "budget": budget,
-        "fa3": fa3,
-        "cuda": fused,
-        "cuda_16_warps": time_replays(lambda: layer.quest(cuda, budgets, warps=16)),
-        "cuda_served_policy": time_replays(lambda: layer.quest(cuda, budgets, **served)),
-        "triton": time_replays(lambda: layer.quest(triton, budgets)),
-        "limit": bytes_moved / bandwidth,
-        "speedup": fa3 / fused,
-        "share": bytes_moved / bandwidth / fused,
-        "stages": layer.stage_shares(budgets),
-    }
+    case: dict[str, Any] = {"batch": batch, "context": context, "budget": budget, "layers": len(layers.views)}
+    case["fa3"] = layers.time(layers.dense)
+    case["cuda"] = layers.time(lambda views: layers.quest(views, cuda, budgets))
+    case["cuda_served_policy"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **served))
+    case["triton"] = layers.time(lambda views: layers.quest(views, triton, budgets))
+    case["limit"] = bytes_read / bandwidth
+    case["speedup"] = ratio(case["fa3"], case["cuda"])
+    case["share"] = {way: case["limit"] / time for way, time in case["cuda"].items()}
+    case["stages"] = layers.stage_shares(budgets)
+    return case
 
 
 def run_dense_case(batch: int, context: int) -> dict[str, Any]:
     """Rows whose budget covers their context, and a batch in which every second row's does."""
-    layer = Layer(batch, context)
-    everything = layer.ints([EVERYTHING] * batch)
-    case = {"batch": batch, "context": context, "fa3": time_replays(layer.dense)}
-    case["cuda"] = time_replays(lambda: layer.quest(cuda, everything))
+    layers = Layers(batch, context, batch * KV_HEADS * 2 * DIM * 2 * min(context, 4096))
+    everything = layers.ints([EVERYTHING] * batch)
+    case: dict[str, Any] = {"batch": batch, "context": context, "fa3": layers.time(layers.dense)}
+    case["cuda"] = layers.time(lambda views: layers.quest(views, cuda, everything))
     if batch > 1 and context > 2048:
-        sparse = layer.ints([2048 // PAGE] * batch)
+        sparse = layers.ints([2048 // PAGE] * batch)
         half = torch.where(torch.arange(batch, device="cuda") % 2 == 0, everything, sparse)
-        case["all_sparse"] = time_replays(lambda: layer.quest(cuda, sparse))
-        case["half_sparse"] = time_replays(lambda: layer.quest(cuda, half))
-    return case | {"speedup": case["fa3"] / case["cuda"]}
+        case["all_sparse"] = layers.time(lambda views: layers.quest(views, cuda, sparse))
+        case["half_sparse"] = layers.time(lambda views: layers.quest(views, cuda, half))
+    return case | {"speedup": ratio(case["fa3"], case["cuda"])}
 
 
 def run_write(batch: int) -> dict[str, Any]:
     """Storing one token a row: vLLM's own write, and the write with the summaries."""
-    layer = Layer(batch, 4096)
-    views = layer.views
-    slots = layer.table[:, -1].long() * BLOCK + BLOCK - 1
+    layers = Layers(batch, 4096, batch * KV_HEADS * DIM * 2 * PAGE)
+    slots = layers.table[:, -1].long() * BLOCK + BLOCK - 1
     key, value = (torch.randn(batch, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     one = torch.ones((), device="cuda")
-    rows = (views.keys.transpose(1, 2), views.values.transpose(1, 2))
-    stock = time_replays(
-        lambda: compat.custom_ops().reshape_and_cache_flash(key, value, *rows, slots, "auto", one, one)
-    )
-    caches = (views.keys, views.values, views.summaries)
-    ours = time_replays(lambda: cuda.write_kv(key, value, *caches, slots, page_size=PAGE))
-    return {"batch": batch, "stock_write": stock, "write_with_summaries": ours}
+
+    def stock(views: PageViews) -> None:
+        rows = (views.keys.transpose(1, 2), views.values.transpose(1, 2))
+        compat.custom_ops().reshape_and_cache_flash(key, value, *rows, slots, "auto", one, one)
+
+    def ours(views: PageViews) -> None:
+        cuda.KvWriter(views.keys, views.values, views.summaries, page_size=PAGE)(key, value, slots)
+
+    return {"batch": batch, "stock_write": layers.time(stock), "write_with_summaries": layers.time(ours)}
 
 
 def show(case: dict[str, Any]) -> dict[str, Any]:
     """Print a case in short, and pass it on."""
-    print({name: round(item, 2) if isinstance(item, float) else item for name, item in case.items()}, flush=True)
+    print(json.dumps(json.loads(json.dumps(case), parse_float=lambda text: round(float(text), 2))), flush=True)
     return case
 
 

@@ -9,7 +9,8 @@ of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
 Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
-split (several small boxes a page), codes (two bits a key of half the channels).
+split (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling
+of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,19 @@ from provenance import commit
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.policies import BoundPolicy, KeyCodesPolicy, OraclePolicy, PagePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import (
+    BoundPolicy,
+    DecodeStep,
+    KeyCodesPolicy,
+    OraclePolicy,
+    PagePolicy,
+    SplitBoxPolicy,
+    TwoStagePolicy,
+)
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
+SWEEP_BUDGETS = {"top_p": (1024,), "top_p_oracle": (1024,)}
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,11 @@ class Candidate:
     sink_pages: int = 1
     recent_pages: int = 2
     page_size: int = 16
+    only_budget: int | None = None
 
     def run(self, budget: int) -> Run:
         """One pass at ``budget`` tokens."""
-        return Run(self.policy, self.page_size, budget, self.sink_pages, self.recent_pages)
+        return Run(self.policy, self.page_size, self.only_budget or budget, self.sink_pages, self.recent_pages)
 
     def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int) -> int:
         """Bytes a layer and step at CONTEXT tokens in 16-bit elements."""
@@ -120,6 +131,61 @@ def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     return [original(ops, page_size), default(ops, page_size), *split, oracle]
 
 
+class Counted:
+    """A policy that adds up how many pages it takes, over layers, rows and heads."""
+
+    def __init__(self, policy: PagePolicy) -> None:
+        self.policy = policy
+        self.pages = self.choices = self.all_pages = self.all_choices = 0
+
+    def choose(self, step: DecodeStep) -> torch.Tensor:
+        """See :class:`quest_vllm.policies.PagePolicy`."""
+        selected = self.policy.choose(step)
+        self.pages += int((selected >= 0).sum())
+        self.choices += selected.shape[0] * selected.shape[1]
+        return selected
+
+    def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
+        """See :class:`quest_vllm.policies.PagePolicy`; at the mean of the pages taken."""
+        mean = round(self.all_pages / self.all_choices) if self.all_choices else page_budget
+        return self.policy.bytes_read(num_pages, mean, page_bytes, summary_bytes)
+
+    def take_mean(self) -> float:
+        """Mean pages of a row and head since the last call."""
+        mean = self.pages / self.choices
+        self.all_pages, self.all_choices = self.all_pages + self.pages, self.all_choices + self.choices
+        self.pages = self.choices = 0
+        return mean
+
+
+def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """The default's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
+    config = QuestConfig(page_size=page_size)
+    score = (config.group_reduction, config.bound_radius)
+    shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
+    fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
+    return counted(config, (*shares, *fixed))
+
+
+def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """The same law with exact masses: what a better estimate would make of it."""
+    config = QuestConfig(page_size=page_size)
+    score = (config.group_reduction, config.bound_radius)
+    shares = [(f"oracle top_p {p:g}", Counted(OraclePolicy(ops, p)), None) for p in (1.0, 0.95)]
+    shares += [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.95)]
+    fixed = [
+        ("oracle budget 512", Counted(OraclePolicy(ops)), 512),
+        ("budget 512", Counted(BoundPolicy(ops, *score)), 512),
+    ]
+    return counted(config, (*shares, *fixed))
+
+
+def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]]) -> list[Candidate]:
+    """Candidates of ``(name, policy, budget of its own)``, with the configuration's forced pages."""
+    forced = (config.sink_pages, config.recent_pages, config.page_size)
+    return [Candidate(name, policy, *forced, tokens) for name, policy, tokens in found]
+
+
 def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """Key codes, at the default's bytes."""
     coded = [Candidate(f"key codes, {how}", KeyCodesPolicy(ops, how), page_size=page_size) for how in ("max", "mass")]
@@ -132,6 +198,8 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "forced": forced_sweep,
     "selectors": selector_sweep,
     "split": split_sweep,
+    "top_p": top_p_sweep,
+    "top_p_oracle": top_p_oracle_sweep,
     "codes": code_sweep,
 }
 
@@ -190,16 +258,22 @@ def tasks(model: ReferenceModel, chosen: list[Text], seeds: range, page_size: in
         yield NeedleTask(model, prefix, questions, page_size)
 
 
-def measure(candidates: list[Candidate], stream: Iterator[Any], page_size: int) -> Iterator[list[dict[str, Any]]]:
+def measure(
+    candidates: list[Candidate], stream: Iterator[Any], page_size: int, budgets: Sequence[int] = BUDGETS
+) -> Iterator[list[dict[str, Any]]]:
     """After each prefix, the results so far: one a candidate and budget, the first of them dense."""
     runs = [("dense", 0, Run(None, page_size))]
-    runs += [(candidate.name, budget, candidate.run(budget)) for candidate in candidates for budget in BUDGETS]
+    runs += [
+        (candidate.name, candidate.only_budget or b, candidate.run(b)) for candidate in candidates for b in budgets
+    ]
     values: list[dict[str, list[float]]] = [{} for _ in runs]
     for number, task in enumerate(stream):
         started = time.monotonic()
         for (_, _, run), kept in zip(runs, values, strict=True):
             for metric, found in task.measure(run).items():
                 kept.setdefault(metric, []).extend(found)
+            if isinstance(run.policy, Counted):
+                kept.setdefault("mean_pages", []).append(run.policy.take_mean())
         print(f"prefix {number}: {len(runs)} passes in {time.monotonic() - started:.0f} s", flush=True)
         yield [result(*run[:2], kept) for run, kept in zip(runs, values, strict=True)]
 
@@ -241,7 +315,7 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
 def show(one: dict[str, Any]) -> str:
     """One line for people."""
     parts = [f"{one['policy']:32s} {one['budget']:5d}"]
-    parts += [f"{m} {one[m]['mean']:.4f}" for m in ("kl", "needle_nll", "needle_hits") if m in one]
+    parts += [f"{m} {one[m]['mean']:.4f}" for m in ("kl", "needle_nll", "needle_hits", "mean_pages") if m in one]
     parts += [f"{m} gap {100 * share:.0f}%" for m, share in one.get("gap_closed", {}).items()]
     return "  ".join(parts)
 
@@ -278,7 +352,9 @@ def main() -> None:
         "needle_questions": arguments.needles * KEYS,
     }
     sizes = {candidate.name: candidate for candidate in candidates}
-    for results in measure(candidates, tasks(model, chosen, seeds, arguments.page_size), arguments.page_size):
+    stream = tasks(model, chosen, seeds, arguments.page_size)
+    budgets = SWEEP_BUDGETS.get(arguments.sweep, BUDGETS)
+    for results in measure(candidates, stream, arguments.page_size, budgets):
         add_gap_closed(results)
         for one in results[1:]:
             one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)

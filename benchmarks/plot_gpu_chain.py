@@ -28,7 +28,7 @@ def bar(case: dict[str, Any], top: int) -> list[str]:
         if wide > 30:
             parts.append(f'<text class="on" x="{left + wide / 2:.1f}" y="{top + 15}">{share:.0%}</text>')
         left += wide
-    times = f"{case['cuda']:.0f} us, FA3 {case['fa3']:.0f} us"
+    times = f"{case['cuda']['in_graph']:.0f} us, FA3 {case['fa3']['in_graph']:.0f} us"
     return [*parts, f'<text x="{WIDTH - RIGHT + 10}" y="{top + 16}">{times}</text>']
 
 

@@ -25,35 +25,31 @@ def size(tokens: int) -> str:
 
 def engine_lines() -> list[str]:
     """Whole-model lines on a GPU."""
-    loaded = newest("h*/*-engine.json")
-    if loaded is None:
-        return []
-    document, path = loaded
-    return [
-        f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | "
-        f"time per output token, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
-        f"{c['speedup']:.2f}x | [json]({path}) |"
-        for c in document["cases"]
-        if "speedup" in c
-    ]
+    lines = {}  # a case's newest measurement wins
+    for path in sorted((ROOT / "benchmarks/results").glob("h*/*-engine.json")):
+        document = json.loads(path.read_text())
+        for c in document["cases"]:
+            if "speedup" in c:
+                lines[c["context"], c["batch"], c["budget"]] = (
+                    f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | "
+                    f"time per output token, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
+                    f"{c['speedup']:.2f}x | [json]({path.relative_to(ROOT)}) |"
+                )
+    return [lines[case] for case in sorted(lines)]
 
 
-def chain_lines() -> list[str]:
-    """Attention of one layer on a GPU."""
+def chain_lines(rows: str = "cases") -> list[str]:
+    """Attention of one layer on a GPU; ``rows`` "dense_rows": of requests whose budget covers their context."""
     loaded = newest("h*/*-chain.json")
     if loaded is None:
         return []
     document, path = loaded
     against = f"FlashAttention 3, {document['gpu']}"
-    lines = [
-        f"| one layer, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | fused CUDA launch | "
-        f"{against} | {c['speedup']:.1f}x | [json]({path}) |"
-        for c in document["cases"]
-    ]
-    return lines + [
-        f"| one layer, {size(c['context'])} x{c['batch']}, budget covers it | fused CUDA launch | "
-        f"{against} | {c['speedup']:.2f}x | [json]({path}) |"
-        for c in document["dense_rows"]
+    return [
+        f"| one layer, {size(c['context'])} x{c['batch']}, "
+        f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | "
+        f"{against} | {c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
+        for c in document[rows]
     ]
 
 
@@ -69,13 +65,22 @@ def cpu_lines() -> list[str]:
             for c in document["decode"]
             if c["context"] >= 4096
         ]
-    if loaded := newest("cpu/*-served.json"):
+    if loaded := newest("cpu/*-served.json"):  # by a script that `quest-vllm bench --against stock` has replaced
         document, path = loaded
         settings = document["settings"]
         lines.append(
             f"| SmolLM2-135M served, {settings['context']} x{settings['requests']}, budget {settings['budget']} | "
             f"time per output token | stock vLLM-CPU | {document['speedup']:.2f}x | [json]({path}) |"
         )
+    if loaded := newest("cpu/*-bench/results.json"):
+        document, path = loaded
+        lines += [
+            f"| {Path(document['settings']['model']).name} served, {size(c['context'])} x{c['batch']}, budget "
+            f"{size(c['budget'])} | inter-token latency, whole batch decoding | stock vLLM-CPU | "
+            f"{c['speedup']['itl']:.2f}x | [json]({path}) |"
+            for c in document["cells"]
+            if c.get("speedup") and c["budget"] > 0
+        ]
     return lines
 
 

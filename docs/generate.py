@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import render_results  # noqa: E402
 
+from quest_vllm import cli, completion, exit_codes, metrics  # noqa: E402
 from quest_vllm import config as configuration  # noqa: E402
-from quest_vllm import metrics  # noqa: E402
 from quest_vllm.server import flags  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -163,6 +163,51 @@ def configuration_page() -> str:
     )
 
 
+def command_section(name: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Flags and exit codes of one command."""
+    rows = []
+    for action in parser._actions:
+        shown = " ".join(filter(None, (", ".join(action.option_strings), str(action.metavar or "")))).strip()
+        text = str(action.help or "") % {**vars(action), "prog": parser.prog}
+        if action.dest != "help" and text:
+            rows.append(f"| `{shown or action.dest}` | {cell(text)} |")
+    codes = [f"| {code} | {cell(meaning)} |" for code, meaning in exit_codes.MEANINGS[name].items()]
+    flag_table = [] if name == "serve" else ["| word or flag | meaning |", "|---|---|", *rows, ""]
+    if name == "serve":
+        flag_table = ["Any flag of `vllm serve`; ours are in [Configuration](configuration.md).", ""]
+    return [
+        f"## {name}",
+        "",
+        f"`quest-vllm {name}`: {cli.COMMANDS[name]}.",
+        "",
+        *flag_table,
+        "| exit code | when |",
+        "|---|---|",
+        *codes,
+        "",
+    ]
+
+
+def commands_page() -> str:
+    """docs/reference/commands.md"""
+    sections = [line for name, build in completion.command_parsers().items() for line in command_section(name, build())]
+    return "\n".join(
+        [
+            NOTE,
+            "# Commands",
+            "",
+            "`--help` of each command teaches more than this page: examples, what is measured, what is written.",
+            "",
+            "## Completion",
+            "",
+            "    pip install shtab",
+            '    eval "$(quest-vllm completion bash)"                        # zsh and fish: see its --help',
+            "",
+            *sections,
+        ]
+    )
+
+
 def byte_table() -> str:
     """Share of dense attention's bytes that a budget reads, at the default page size."""
     page, budgets = configuration.QuestConfig().page_size, (512, 1024, 2048, 4096)
@@ -178,7 +223,8 @@ def byte_table() -> str:
 
 def results_page() -> str:
     """docs/results.md: every line from a raw JSON file under benchmarks/results."""
-    lines = [*render_results.engine_lines(), *render_results.chain_lines(), *render_results.cpu_lines()]
+    chains = [line for rows in ("cases", "dense_rows") for line in render_results.chain_lines(rows)]
+    lines = [*render_results.engine_lines(), *chains, *render_results.cpu_lines()]
     rows, commands = [], {}
     for line in lines:
         match = re.search(r"\[json\]\((.+?)\)", line)
@@ -224,6 +270,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "reference/metrics.md": metrics_page(),
         DOCS / "reference/configuration.md": configuration_page(),
+        DOCS / "reference/commands.md": commands_page(),
         DOCS / "results.md": results_page(),
         tune: with_block(tune.read_text(), "bytes", byte_table()),
     }

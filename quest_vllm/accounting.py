@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from quest_vllm.metadata import IntArray, RowClasses, measure_traffic
 from quest_vllm.metrics import get_worker_metrics
+from quest_vllm.tally import get_tally_writer
+from quest_vllm.token_rows import StepRows
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,19 @@ class LayerGroup:
         return 2 * self.head_dim * self.element_size
 
 
-def record_step(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, token_budgets: IntArray) -> None:
-    """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank."""
+def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budgets: IntArray) -> None:
+    """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank.
+
+    ``token_budgets`` is ``[num_rows]``, as ``rows`` and ``step`` are. What adaptive rows read is not known yet:
+    :func:`record_reached` adds it.
+    """
     metrics = get_worker_metrics()
     if group.counts_rows:
         for path, reason, count in rows.counts():
             metrics.rows(path, reason, count)
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
-    traffic = measure_traffic(rows, seq_lens, group.page_size)
+    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests)
     if group.counts_rows and traffic.tokens_available:
         metrics.tokens(traffic.tokens_attended, traffic.tokens_available)
     select_scale = group.num_sparse_layers * group.num_select_heads
@@ -49,6 +56,53 @@ def record_step(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, token_b
         metrics.pages(traffic.pages_selected * select_scale, traffic.pages_available * select_scale)
     if traffic.vectors_dense:
         metrics.kv_bytes(traffic.vectors_read * byte_scale, traffic.vectors_dense * byte_scale)
+
+
+@dataclass(frozen=True)
+class AdaptiveRows:
+    """The rows of a step that adapt their budget: their places among the sparse rows, and what a layer's count needs.
+
+    All arrays are ``[num_adaptive]`` and on the host. ``tallies``: the number under which usage is kept; 0: none.
+    """
+
+    group: LayerGroup
+    rows: npt.NDArray[np.intp]
+    seq_lens: IntArray
+    num_pages: IntArray
+    tallies: IntArray
+
+
+def adaptive_rows(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, tallies: IntArray) -> AdaptiveRows | None:
+    """What :func:`record_reached` needs of a step, from ``[num_reqs]`` arrays; None where no row adapts."""
+    if not rows.adaptive.any():
+        return None
+    chosen = np.flatnonzero(rows.adaptive)
+    places = np.flatnonzero(rows.adaptive[rows.sparse])
+    return AdaptiveRows(group, places, seq_lens[chosen], rows.num_pages[chosen], tallies[chosen])
+
+
+def record_reached(rows: AdaptiveRows, pages_taken: IntArray) -> None:
+    """Add what one layer's adaptive rows took: ``[num_adaptive, num_select_heads]`` pages, counted from the selection.
+
+    Reads host memory, so it is for the CPU backend. On a GPU it would wait for the device every layer: there the
+    selection kernel is to add into counters of its own, read at the pace of the metrics; until then top_p is refused.
+    """
+    group, metrics = rows.group, get_worker_metrics()
+    available, lengths = rows.num_pages.astype(np.int64), rows.seq_lens.astype(np.int64)
+    # the newest page is always taken, and it alone may be partial
+    tokens = pages_taken.astype(np.int64) * group.page_size - (available * group.page_size - lengths)[:, None]
+    mean_tokens, mean_pages = tokens.mean(axis=1), pages_taken.mean(axis=1)
+    byte_scale = group.num_kv_heads * group.vector_bytes
+    metrics.pages(int(pages_taken.sum()), int(available.sum()) * pages_taken.shape[1])
+    metrics.kv_bytes(int((mean_tokens.sum() + available.sum()) * byte_scale), int(lengths.sum()) * byte_scale)
+    metrics.reached(tokens)
+    if group.counts_rows:
+        layers = group.num_sparse_layers
+        metrics.tokens(float(mean_tokens.sum()) / layers, float(lengths.sum()) / layers)
+        for row in np.flatnonzero(rows.tallies):
+            get_tally_writer().add(
+                int(rows.tallies[row]), 1 / layers, mean_pages[row] / layers, mean_tokens[row] / layers
+            )
 
 
 _group_memory: dict[str, tuple[int, int]] = {}

@@ -15,9 +15,10 @@ import torch
 
 from quest_vllm.audit import key_rows, stored_summaries, summarise_rows
 from quest_vllm.layers import is_sparse_layer
-from quest_vllm.metadata import IntArray, RowClasses
+from quest_vllm.metadata import RowClasses
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.page_layout import split_chunks
+from quest_vllm.token_rows import StepRows
 
 MAX_PAGES = 1024
 logger = logging.getLogger("vllm.quest_vllm")
@@ -33,7 +34,7 @@ class OnlineAudit:
         self._steps = 0
         self._random = random.Random(0)
 
-    def step(self, rows: RowClasses, seq_lens: IntArray, block_table: torch.Tensor) -> None:
+    def step(self, rows: RowClasses, step: StepRows, block_table: torch.Tensor) -> None:
         """Note one step; ``block_table`` is ``[num_reqs, max_blocks]`` on any device."""
         if not self._interval or not rows.sparse.any():
             return
@@ -42,8 +43,9 @@ class OnlineAudit:
             return
         names = [name for name, layer in self._layers.items() if is_sparse_layer(name, layer.impl, layer.impl.config)]
         row = self._random.choice(rows.sparse.nonzero()[0].tolist())
-        # the step's own token is not in the cache yet; the page that it goes to may be half full
-        self._audit(self._random.choice(names), int(seq_lens[row]) - 1, block_table[row])
+        # the step's own tokens are not in the cache yet; the page that they go to may be half full. Full pages hold
+        # every key that their last write covered, those of rejected drafts overwritten: their summaries are exact
+        self._audit(self._random.choice(names), int(step.stored[row]), block_table[int(step.requests[row])])
 
     def _audit(self, name: str, stored: int, blocks: torch.Tensor) -> None:
         layer = self._layers[name]

@@ -15,17 +15,20 @@ import numpy as np
 import torch
 
 from quest_vllm import compat
-from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.accounting import AdaptiveRows, LayerGroup, adaptive_rows, record_reached, record_step
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.budget import get_budget_table
+from quest_vllm.budget import get_budget_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
 from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import BoundViews, PageViews
+from quest_vllm.tally import get_tally_table
+from quest_vllm.token_rows import StepRows, step_rows
 
 _cpu = compat.cpu_attention()
 
@@ -48,7 +51,8 @@ class QuestCpuBackend(QuestCapabilities, _cpu.CPUAttentionBackend):  # type: ign
 
 @dataclass(frozen=True)
 class SparseRows:
-    """The sparse rows of a step. ``tokens`` is each row's place in the flat query; all tensors are on the CPU."""
+    """The sparse rows of a step: a decode token each. ``tokens`` is its place in the flat query; all tensors are on
+    the CPU."""
 
     tokens: torch.Tensor  # [num_sparse] int64
     seq_lens: torch.Tensor  # [num_sparse] int32
@@ -56,6 +60,8 @@ class SparseRows:
     block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
     max_page_budget: int
     traced: TracedRows | None = None
+    top_p: torch.Tensor | None = None  # [num_sparse] float32; None: 1 in every row
+    adaptive: AdaptiveRows | None = None
 
 
 @dataclass
@@ -98,53 +104,53 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         metadata = QuestCpuMetadata(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
         if self.group.num_sparse_layers == 0 or common_attn_metadata.is_prefilling is None:
             return metadata
-        query_start = common_attn_metadata.query_start_loc_cpu.numpy()
-        num_reqs = common_attn_metadata.num_reqs
-        seq_lens = common_attn_metadata.seq_lens.numpy()
-        budgets = get_budget_table().rows(num_reqs, common_attn_metadata.req_idx)
-        rows = classify_rows(
-            np.diff(query_start), seq_lens, common_attn_metadata.is_prefilling.numpy(), budgets, self.config
-        )
-        record_step(self.group, rows, seq_lens, budgets)
-        self.audit.step(rows, seq_lens, common_attn_metadata.block_table_tensor)
+        common = common_attn_metadata
+        prefilling = common.is_prefilling.numpy()
+        step = step_rows(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(), prefilling)
+        budgets = get_budget_table().rows(common.num_reqs, common.req_idx)[step.requests]
+        top_ps = get_top_p_table().rows(common.num_reqs, common.req_idx)[step.requests]
+        rows = classify_rows(step.query_lens, step.seq_lens, prefilling[step.requests], budgets, self.config, top_ps)
+        if not fast_build:  # a draft model's steps are its own affair
+            record_step(self.group, rows, step, budgets)
+            self.audit.step(rows, step, common.block_table_tensor)
         if rows.sparse.any():
-            metadata.sparse = self._sparse_rows(common_attn_metadata, rows, query_start)
-            self._add_dense_rows(metadata, common_attn_metadata, rows)
+            metadata.sparse = self._sparse_rows(common, rows, step, top_ps)
+            self._add_dense_rows(metadata, common, ~rows.sparse, step)
         return metadata
 
-    def _sparse_rows(self, common: Any, rows: RowClasses, query_start: np.ndarray) -> SparseRows:
+    def _sparse_rows(self, common: Any, rows: RowClasses, step: StepRows, top_ps: np.ndarray) -> SparseRows:
         chosen = np.flatnonzero(rows.sparse)
-        index = torch.from_numpy(chosen)
+        requests = step.requests[chosen]
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
         page_budgets = rows.page_budgets[chosen]
-        traces = get_trace_table().rows(common.num_reqs, common.req_idx)[chosen] if self.config.page else None
+        traces = get_trace_table().rows(common.num_reqs, common.req_idx)[requests] if self.config.page else None
+        tallies = get_tally_table().rows(common.num_reqs, common.req_idx)[step.requests]
+        adaptive = adaptive_rows(self.group, rows, step.seq_lens, tallies)
         return SparseRows(
-            tokens=torch.from_numpy(query_start[chosen].astype(np.int64)),
-            seq_lens=common.seq_lens[index],
+            tokens=torch.from_numpy(step.starts[chosen]),
+            seq_lens=torch.from_numpy(step.seq_lens[chosen]),
             page_budgets=torch.from_numpy(page_budgets),
-            block_table=common.block_table_tensor[index, :blocks].contiguous(),
+            block_table=common.block_table_tensor[torch.from_numpy(requests), :blocks].contiguous(),
             max_page_budget=int(page_budgets.max()),
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
+            top_p=torch.from_numpy(top_ps[chosen]) if adaptive is not None else None,
+            adaptive=adaptive,
         )
 
-    def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, rows: RowClasses) -> None:
-        """Give the rows that are not sparse a compact batch of their own."""
-        lengths = np.diff(common.query_start_loc_cpu.numpy())
-        chosen = np.flatnonzero(~rows.sparse & (lengths > 0))
-        if chosen.size == 0:
+    def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, dense: np.ndarray, step: StepRows) -> None:
+        """Give the ``dense`` rows a compact batch of their own; those of one request are its first tokens."""
+        if not dense.any():
             return
-        index = torch.from_numpy(chosen)
-        starts = common.query_start_loc_cpu.numpy()
-        metadata.dense_tokens = torch.from_numpy(
-            np.concatenate([np.arange(starts[row], starts[row + 1]) for row in chosen]).astype(np.int64)
-        )
-        query_start = torch.zeros(chosen.size + 1, dtype=torch.int32)
-        query_start[1:] = torch.from_numpy(np.cumsum(lengths[chosen]))
+        requests, first = np.unique(step.requests[dense], return_index=True)
+        index = torch.from_numpy(requests)
+        metadata.dense_tokens = torch.from_numpy(step.places(dense))
+        query_start = torch.zeros(len(first) + 1, dtype=torch.int32)
+        query_start[1:] = torch.from_numpy(np.cumsum(np.add.reduceat(step.query_lens[dense], first)))
         compact = common.replace(
             query_start_loc=query_start,
             query_start_loc_cpu=query_start,
-            seq_lens=common.seq_lens[index],
-            num_reqs=chosen.size,
+            seq_lens=torch.from_numpy(np.maximum.reduceat(step.seq_lens[dense], first)),
+            num_reqs=len(first),
             num_actual_tokens=int(query_start[-1]),
             block_table_tensor=common.block_table_tensor[index],
             slot_mapping=common.slot_mapping[metadata.dense_tokens],
@@ -244,6 +250,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             max_page_budget=rows.max_page_budget,
+            top_p=rows.top_p,
+            mass_scale=mass_scale_of(config.group_reduction, self.scale),
         )
         chosen = time.perf_counter()
         attended = ops.sparse_paged_attention(
@@ -260,6 +268,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         metrics.stage_seconds("score", scored - start)
         metrics.stage_seconds("select", chosen - scored)
         metrics.stage_seconds("attend", time.perf_counter() - chosen)
+        if rows.adaptive is not None:
+            record_reached(rows.adaptive, (selected.numpy()[rows.adaptive.rows] >= 0).sum(axis=2, dtype=np.int32))
         if rows.traced is not None:
             index = compat.layer_index(layer.layer_name)
             lengths = rows.seq_lens.numpy()

@@ -1,14 +1,17 @@
 """The CUSTOM attention backend on Hopper and other CUDA GPUs, inside vLLM's decode CUDA graphs.
 
-Decode steps (one query token a row) run the Quest chain for every row, with the page budgets in a buffer at a fixed
-address: a row without a budget asks for all of its pages. Nothing branches on a budget on the host, so one captured
-graph serves any mix. Steps that hold prefill chunks or several query tokens a row are never captured by a
-uniform-decode graph; there FlashAttention serves those rows and the sparse rows are taken out.
+Decode steps (one query token a request) run the Quest chain for every row, with the page budgets in a buffer at a fixed
+address: a row without a budget asks for all of its pages. Verify steps (1 + k query tokens a request) run the chain for
+the tokens of sparse requests, each a row of its own, and FlashAttention for the other requests: both over the whole
+batch, each with length 0 or 1 where the other one serves. Nothing branches on a budget on the host, so one captured
+graph serves any mix. Other steps, with prefill chunks or unlike numbers of drafts, are never captured by a
+uniform-decode graph; there FlashAttention serves the dense rows and the sparse ones are taken out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +24,18 @@ from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layers import (
+    count_sparse_layers,
+    counts_rows,
+    is_sparse_layer,
+    refuse_layer_features,
+    refuse_top_p,
+    start_up,
+)
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
+from quest_vllm.token_rows import StepRows, VerifyBuffers, step_rows, uniform_width
 
 _flash = compat.flash_attention()
 _backend = compat.attention_backend()
@@ -60,20 +71,32 @@ class QuestCudaBackend(QuestCapabilities, _flash.FlashAttentionBackend):  # type
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows that the Quest chain serves; all tensors on the GPU. ``tokens`` is None when they are the whole step."""
+    """Rows that the Quest chain serves; all tensors on the GPU. ``tokens`` is None when they are the whole step.
+
+    ``served`` is set in verify steps: the chain gets every token, and its output counts for those.
+    """
 
     tokens: torch.Tensor | None  # [num_rows] int64, place of each row in the flat query
     seq_lens: torch.Tensor  # [num_rows] int32
     page_budgets: torch.Tensor  # [num_rows] int32
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
+    served: torch.Tensor | None = None  # [num_rows] bool
+
+
+@dataclass(frozen=True)
+class SortedStep:
+    """A step's rows, and the class of each."""
+
+    rows: StepRows
+    classes: RowClasses
 
 
 @dataclass
 class QuestCudaMetadata(_flash.FlashAttentionMetadata):  # type: ignore[misc,name-defined]
     """Stock metadata, for dense layers, plus the split for sparse ones.
 
-    ``rest`` is stock metadata in which the sparse rows see one token, so that FlashAttention passes over them cheaply;
-    None when the chain serves the whole step.
+    ``rest`` is stock metadata in which the requests that the chain serves see one token, so that FlashAttention passes
+    over them cheaply; None when the chain serves the whole step.
     """
 
     sparse: SparseRows | None = None
@@ -83,18 +106,22 @@ class QuestCudaMetadata(_flash.FlashAttentionMetadata):  # type: ignore[misc,nam
 class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: ignore[misc,name-defined]
     """Fills the budget buffer and splits mixed steps."""
 
-    _cudagraph_support = _backend.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support = _backend.AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.supports_draft_decode_metadata_update = False
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
+        refuse_top_p(self.config)
         layers = compat.attention_layers(vllm_config, layer_names)
         self.num_sparse_layers = count_sparse_layers(layers, self.config)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.page_budgets = torch.full((max_num_reqs,), ALL_PAGES, dtype=torch.int32, device=device)
+        self.is_v2 = bool(vllm_config.use_v2_model_runner)
+        self.verify_width = compat.verify_width(vllm_config)
+        self.verify = self._verify_buffers(kv_cache_spec.block_size) if self.use_full_cuda_graph else None
         per_query_head = self.config.group_reduction == "per_query_head"
         self.group = LayerGroup(
             num_sparse_layers=self.num_sparse_layers,
@@ -106,52 +133,99 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
         )
 
+    def _verify_buffers(self, block_size: int) -> VerifyBuffers | None:
+        """Room for the largest verify step that a graph is captured for; None without speculation."""
+        if self.verify_width == 1 or self.num_sparse_layers == 0:
+            return None
+        scheduler = self.vllm_config.scheduler_config
+        max_tokens = min(scheduler.max_num_seqs * self.verify_width, self.max_cudagraph_size or 0)
+        # drafts may lie past the last position
+        max_blocks = -(-(self.model_config.max_model_len + self.verify_width) // block_size)
+        return VerifyBuffers(max_tokens, max_blocks, self.device)
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCudaMetadata:
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
-        common = common_attn_metadata
-        metadata = self._stock(common, fast_build)
+        if self._is_draft(common_attn_metadata):
+            return self._stock(common_attn_metadata, fast_build)
+        return self._build(common_attn_metadata, self._classify(common_attn_metadata))
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> QuestCudaMetadata:
+        """As :meth:`build`; there are no requests behind the rows, so nothing is counted."""
+        return self._build(common_attn_metadata, None)
+
+    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> QuestCudaMetadata:
+        """Drafts are dense (model runner V1)."""
+        return self._stock(common_attn_metadata, fast_build=True)
+
+    def _is_draft(self, common: Any) -> bool:
+        """Model runner V2 names the requests of every step but a draft model's, which are dense."""
+        return common.req_idx is None and self.is_v2
+
+    def _build(self, common: Any, step: SortedStep | None) -> QuestCudaMetadata:
+        metadata = self._stock(common)
         if self.num_sparse_layers == 0:
             return metadata
-        rows = self._classify(common)
+        width = uniform_width(common.query_start_loc_cpu.numpy())
         if common.max_query_len == 1:
-            metadata.sparse = self._whole_step(common, rows)
-        elif rows is not None and rows.sparse.any():
+            metadata.sparse = self._whole_step(common, step)
+        elif self.verify is not None and self._fits(common, width):
+            metadata.sparse = self._verify_step(common, step, self.verify, width)
+            # its own schedule is made in the launch: the builder has one buffer, which the dense layers' needs
+            rest = common.replace(seq_lens=self.verify.dense_lens[: common.num_reqs])
+            metadata.rest = self._stock(rest, fast_build=True)
+        elif step is not None and step.classes.sparse.any():
             # the second build below reuses the builder's scheduler buffer
             if metadata.scheduler_metadata is not None:
                 metadata.scheduler_metadata = metadata.scheduler_metadata.clone()
-            metadata.sparse = self._some_rows(common, rows)
-            metadata.rest = self._without(common, metadata.sparse, rows)
+            metadata.sparse = self._some_rows(common, step)
+            metadata.rest = self._without(common, step)
         return metadata
+
+    def _fits(self, common: Any, width: int) -> bool:
+        """Whether the step may be a captured verify step: 1 < ``width`` tokens for every request, and room for them."""
+        count = common.num_reqs * width
+        largest = 0 if self.verify is None else self.verify.max_tokens
+        return 1 < width <= self.verify_width and count == common.num_actual_tokens <= largest
 
     def _stock(self, common: Any, fast_build: bool = False) -> QuestCudaMetadata:
         stock = super().build(0, common, fast_build)
         return QuestCudaMetadata(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
 
-    def _classify(self, common: Any) -> RowClasses | None:
-        """Sort the rows on the host; None while a graph is captured, when there are no requests behind the rows."""
-        if common.req_idx is None or common.seq_lens_cpu_upper_bound is None:
+    def _classify(self, common: Any) -> SortedStep | None:
+        """Sort the step's rows on the host, and count them; None where the host does not know their lengths.
+
+        Under async scheduling the host's lengths suppose that every draft was accepted: a row may be taken for sparse
+        whose budget just covers it; the chain then selects all of its pages.
+        """
+        if common.seq_lens_cpu_upper_bound is None:
             return None
-        num_reqs = min(common.num_reqs, len(common.req_idx))
-        query_lens = np.diff(common.query_start_loc_cpu.numpy())[:num_reqs]
+        slots = common.req_idx  # V1: None, the rows themselves
+        num_reqs = common.num_reqs if slots is None else min(common.num_reqs, len(slots))
         seq_lens = common.seq_lens_cpu_upper_bound.numpy()[:num_reqs].astype(np.int32)
         prefilling = np.zeros(num_reqs, dtype=bool)
         if common.is_prefilling is not None:
             prefilling = common.is_prefilling.numpy()[:num_reqs]
-        budgets = get_budget_table().rows(num_reqs, common.req_idx[:num_reqs])
-        rows = classify_rows(query_lens, seq_lens, prefilling, budgets, self.config)
-        record_step(self.group, rows, seq_lens, budgets)
-        self.audit.step(rows, seq_lens, common.block_table_tensor)
-        return rows
+        rows = step_rows(common.query_start_loc_cpu.numpy()[: num_reqs + 1], seq_lens, prefilling)
+        budgets = get_budget_table().rows(num_reqs, slots)[rows.requests]
+        classes = classify_rows(rows.query_lens, rows.seq_lens, prefilling[rows.requests], budgets, self.config)
+        record_step(self.group, classes, rows, budgets)
+        self.audit.step(classes, rows, common.block_table_tensor)
+        return SortedStep(rows, classes)
 
-    def _whole_step(self, common: Any, rows: RowClasses | None) -> SparseRows:
+    def _staged(self, array: np.ndarray) -> torch.Tensor:
+        # a fresh pinned copy each step: the previous step's transfer may still be reading the last one
+        return torch.from_numpy(array).pin_memory()
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return self._staged(array).to(self.device, non_blocking=True)
+
+    def _whole_step(self, common: Any, step: SortedStep | None) -> SparseRows:
         num_reqs = common.num_reqs
-        if rows is not None:
+        if step is not None:
             host = np.full(num_reqs, ALL_PAGES, dtype=np.int32)
-            known = rows.sparse.shape[0]
-            host[:known][rows.sparse] = rows.page_budgets[rows.sparse]
-            # a fresh pinned copy each step: the previous step's transfer may still be reading the last one
-            staged = torch.from_numpy(host).pin_memory()
-            self.page_budgets[:num_reqs].copy_(staged, non_blocking=True)
+            sparse = step.classes.sparse
+            host[step.rows.requests[sparse]] = step.classes.page_budgets[sparse]
+            self.page_budgets[:num_reqs].copy_(self._staged(host), non_blocking=True)
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,
@@ -159,25 +233,36 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             block_table=common.block_table_tensor,
         )
 
-    def _some_rows(self, common: Any, rows: RowClasses) -> SparseRows:
-        chosen = np.flatnonzero(rows.sparse)
-        starts = common.query_start_loc_cpu.numpy()[chosen].astype(np.int64)
-        page_budgets = rows.page_budgets[chosen]
-
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
-
-        index = on_device(chosen.astype(np.int64))
+    def _verify_step(self, common: Any, step: SortedStep | None, buffers: VerifyBuffers, width: int) -> SparseRows:
+        count = common.num_actual_tokens
+        if step is not None:
+            host = np.zeros(count, dtype=np.int32)
+            served = step.rows.served(step.classes.sparse)
+            host[step.rows.starts[served]] = step.classes.page_budgets[served]
+            buffers.page_budgets[:count].copy_(self._staged(host), non_blocking=True)
+        blocks = -(-common.max_seq_len // self.block_size)
+        buffers.fill(width, common.seq_lens, common.block_table_tensor, min(blocks, buffers.block_table.shape[1]))
         return SparseRows(
-            tokens=on_device(starts),
-            seq_lens=common.seq_lens[index],
-            page_budgets=on_device(page_budgets),
+            tokens=None,
+            seq_lens=buffers.seq_lens[:count],
+            page_budgets=buffers.page_budgets[:count],
+            block_table=buffers.block_table[:count],
+            served=buffers.sparse[:count],
+        )
+
+    def _some_rows(self, common: Any, step: SortedStep) -> SparseRows:
+        chosen = step.rows.served(step.classes.sparse)
+        index = self._to_device(step.rows.requests[chosen].astype(np.int64))
+        return SparseRows(
+            tokens=self._to_device(step.rows.starts[chosen]),
+            seq_lens=common.seq_lens[index] - self._to_device(step.rows.lags[chosen]),
+            page_budgets=self._to_device(step.classes.page_budgets[chosen]),
             block_table=common.block_table_tensor[index],
         )
 
-    def _without(self, common: Any, sparse: SparseRows, rows: RowClasses) -> QuestCudaMetadata:
-        index = torch.from_numpy(np.flatnonzero(rows.sparse)).to(self.device, non_blocking=True)
-        return self._stock(common.replace(seq_lens=common.seq_lens.index_fill(0, index, 1)))
+    def _without(self, common: Any, step: SortedStep) -> QuestCudaMetadata:
+        served = np.unique(step.rows.requests[step.classes.sparse]).astype(np.int64)
+        return self._stock(common.replace(seq_lens=common.seq_lens.index_fill(0, self._to_device(served), 1)))
 
 
 class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-defined]
@@ -199,6 +284,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         # the fused CUDA launches know no other kind of summary, and take no argument for it
         self._summary: dict[str, Any] = {} if self._ops.name == "cuda" else {"page_summary": self.config.page_summary}
         self._views = BoundViews(self.head_size, self.config.page_size)
+        self._writer: tuple[PageViews, Callable[..., None]] | None = None
+        self._attend = compat.flash_attn_varlen_func()
         self._sparse_layer: bool | None = None
 
     def _shape(self, vllm_config: Any) -> LayerShape:
@@ -217,19 +304,15 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         """Write ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``, then refresh the pages they touch."""
         views, page_size = self._views.of(kv_cache), self.config.page_size
         has_summaries = self.sliding_window == (-1, -1)
-        if has_summaries and self._ops.write_kv is not None:
-            caches = (views.keys, views.values, views.summaries)
-            self._ops.write_kv(key, value, *caches, slot_mapping, page_size=page_size)
+        if has_summaries and self._ops.kv_writer is not None:
+            if self._writer is None or self._writer[0] is not views:
+                caches = (views.keys, views.values, views.summaries)
+                self._writer = (views, self._ops.kv_writer(*caches, page_size=page_size))
+            self._writer[1](key, value, slot_mapping)
             return
+        scales = (layer._k_scale, layer._v_scale)
         compat.custom_ops().reshape_and_cache_flash(
-            key,
-            value,
-            views.keys.transpose(1, 2),
-            views.values.transpose(1, 2),
-            slot_mapping,
-            self.kv_cache_dtype,
-            layer._k_scale,
-            layer._v_scale,
+            key, value, *views.by_token, slot_mapping, self.kv_cache_dtype, *scales
         )
         if has_summaries:
             self._ops.update_page_summaries(
@@ -259,14 +342,24 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         count, sparse = attn_metadata.num_actual_tokens, attn_metadata.sparse
         if sparse is None or not self._sparse_layer:
             self._attend_dense(query[:count], views, attn_metadata, output[:count])
-        elif sparse.tokens is None:
+        elif sparse.tokens is None and attn_metadata.rest is None:
             self._attend_sparse(query[:count], views, sparse, output[:count])
         else:
             self._attend_dense(query[:count], views, attn_metadata.rest, output[:count])
-            attended = torch.empty((sparse.tokens.shape[0], *query.shape[1:]), dtype=query.dtype, device=query.device)
-            self._attend_sparse(query[sparse.tokens], views, sparse, attended)
-            output[sparse.tokens] = attended
+            self._add_sparse(query[:count], views, sparse, output[:count])
         return output
+
+    def _add_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
+        """Put what the chain makes of its rows in the place of FlashAttention's ``output`` for them."""
+        if rows.served is not None:
+            attended = torch.empty_like(query)
+            self._attend_sparse(query, views, rows, attended)
+            torch.where(rows.served[:, None, None], attended, output, out=output)
+            return
+        chosen = query[rows.tokens]
+        attended = torch.empty_like(chosen)
+        self._attend_sparse(chosen, views, rows, attended)
+        output[rows.tokens] = attended
 
     def _attend_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
         config = self.config
@@ -290,10 +383,11 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         )
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:
-        compat.flash_attn_varlen_func()(
+        keys, values = views.by_token
+        self._attend(
             q=query,
-            k=views.keys.transpose(1, 2),
-            v=views.values.transpose(1, 2),
+            k=keys,
+            v=values,
             out=output,
             cu_seqlens_q=metadata.query_start_loc,
             max_seqlen_q=metadata.max_query_len,

@@ -1,4 +1,4 @@
-"""Per-request token budgets: what a request may ask for, and which budget each batch slot of this process has.
+"""Per-request budgets: what a request may ask for, and which token budget and top_p each batch slot has.
 
 Knows nothing of vLLM: :mod:`quest_vllm.budget_tap` feeds it, the metadata builders read it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from quest_vllm.errors import QuestConfigError, QuestValueError
 
 XARG = "quest_token_budget"
 """Key of a request's budget in ``vllm_xargs`` (HTTP) and ``SamplingParams.extra_args`` (Python)."""
+TOP_P_XARG = "quest_top_p"
+"""Key of a request's share of its budget's mass, beside :data:`XARG`."""
 
 
 class _Absent:
@@ -49,6 +52,18 @@ def parse_token_budget(
     raise QuestValueError(f"{field}: expected {'0 (dense) or ' if dense else ''}{legal}, got {shown(value)}")
 
 
+def parse_top_p(value: object, *, default: float, field: str = TOP_P_XARG) -> float:
+    """The share of its budget's mass that a request asked for: :data:`ABSENT` gives ``default``.
+
+    Anything but a number above 0, up to 1, raises :class:`QuestValueError` naming ``field``, range and value.
+    """
+    if value is ABSENT:
+        return default
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:  # NaN is in no range
+        return float(value)
+    raise QuestValueError(f"{field}: expected a number above 0, up to 1, got {shown(value)}")
+
+
 def shown(value: object) -> str:
     """``value`` for an error message: its repr, cut to 80 characters, whatever its size or depth."""
     text = _REPR.repr(value)
@@ -70,12 +85,24 @@ def clamp_token_budget(value: object, *, minimum: int, default: int) -> int:
     return 0 if value <= 0 else min(max(value, minimum), MAX_TOKEN_BUDGET)
 
 
+def clamp_top_p(value: object, *, default: float) -> float:
+    """As :func:`parse_top_p`, for a worker: what is no legal number gets ``default``."""
+    try:
+        return parse_top_p(value, default=default)
+    except QuestValueError:
+        return default
+
+
 @dataclass(frozen=True)
 class BudgetLimits:
-    """The range that this process validates against: ``config``'s minimum to ``max_model_len`` tokens."""
+    """The range that this process validates against: ``config``'s minimum to ``max_model_len`` tokens.
+
+    ``adaptive``: whether the backend that serves can adapt budgets (``top_p`` below 1).
+    """
 
     config: QuestConfig
     max_model_len: int
+    adaptive: bool = True
 
     def parse(self, value: object, field: str = XARG) -> int:
         """:func:`parse_token_budget` with these limits, then the operator's own (min_budget, max_budget, override)."""
@@ -103,6 +130,19 @@ class BudgetLimits:
             limit = config.broken_limit(value) if type(value) is int else None
             raise (QuestValueError(f"{error}; {limit}") if limit else error) from None
 
+    def parse_top_p(self, value: object, field: str = TOP_P_XARG) -> float:
+        """:func:`parse_top_p`, then what the server allows."""
+        default = self.config.top_p
+        top_p = parse_top_p(value, default=default, field=field)
+        if top_p < 1 and not self.adaptive:
+            raise QuestValueError(f"{field}: budgets adapt on CPUs only so far: expected 1 or nothing, got {top_p:g}")
+        if top_p != default and not self.config.allow_override:
+            raise QuestValueError(
+                f"{field}: this server lets no request override its budget (allow_override is false): "
+                f"expected nothing or {default:g}, got {shown(value)}"
+            )
+        return top_p
+
     @property
     def presets(self) -> tuple[int, ...]:
         """Budgets that every request may name: the default and the aliases'."""
@@ -123,7 +163,7 @@ class BudgetLimits:
 _limits: BudgetLimits | None = None
 
 
-def set_budget_limits(config: QuestConfig, max_model_len: int) -> None:
+def set_budget_limits(config: QuestConfig, max_model_len: int, adaptive: bool = True) -> None:
     """Say what this process validates against. Called where a VllmConfig is first at hand (stat logger, worker).
 
     Raises :class:`~quest_vllm.errors.QuestConfigError` for an alias beyond ``max_model_len``.
@@ -132,7 +172,7 @@ def set_budget_limits(config: QuestConfig, max_model_len: int) -> None:
     for name, budget in config.aliases:
         if budget > max_model_len:
             raise QuestConfigError(f"aliases: {name}: expected at most max_model_len {max_model_len}, got {budget}")
-    _limits = BudgetLimits(config, max_model_len)
+    _limits = BudgetLimits(config, max_model_len, adaptive)
 
 
 def get_budget_limits() -> BudgetLimits:
@@ -147,15 +187,17 @@ def get_budget_limits() -> BudgetLimits:
 
 
 class BudgetTable:
-    """Token budget of each batch slot. int32, grows on demand, one per process.
+    """Token budget, or another number, of each batch slot. Grows on demand, one per process.
 
-    A slot is vLLM's persistent batch row (model runner V1) or request state index (V2). An empty slot reads 0: dense.
+    A slot is vLLM's persistent batch row (model runner V1) or request state index (V2). An empty slot reads ``empty``:
+    the budget 0, which is dense. Values are int32, or ``dtype``.
     """
 
-    def __init__(self, capacity: int = 256) -> None:
-        self._budgets: npt.NDArray[np.int32] = np.zeros(max(1, capacity), dtype=np.int32)
+    def __init__(self, capacity: int = 256, empty: float = 0, dtype: type[np.generic] = np.int32) -> None:
+        self._empty = np.array(empty, dtype=dtype)
+        self._budgets: npt.NDArray[Any] = np.full(max(1, capacity), empty, dtype=dtype)
 
-    def set(self, slot: int, budget: int) -> None:
+    def set(self, slot: int, budget: float) -> None:
         """Give ``slot`` a budget in tokens (0: dense), whatever it held before."""
         self._reserve(slot)
         self._budgets[slot] = budget
@@ -163,45 +205,51 @@ class BudgetTable:
     def clear(self, slot: int) -> None:
         """Empty ``slot``."""
         if slot < len(self._budgets):
-            self._budgets[slot] = 0
+            self._budgets[slot] = self._empty
 
     def move(self, source: int, target: int) -> None:
         """Move ``source``'s budget to ``target`` and empty ``source``."""
         if source != target:
             self._reserve(max(source, target))
             self._budgets[target] = self._budgets[source]
-            self._budgets[source] = 0
+            self._budgets[source] = self._empty
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots' budgets."""
         self._reserve(max(first, second))
         budgets = self._budgets
-        budgets[first], budgets[second] = int(budgets[second]), int(budgets[first])
+        budgets[[first, second]] = budgets[[second, first]]
 
-    def rows(self, num_reqs: int, req_idx: npt.NDArray[np.integer] | None = None) -> npt.NDArray[np.int32]:
-        """Budgets of a batch's rows, ``[num_reqs]`` int32, a copy; 0 is dense.
+    def rows(self, num_reqs: int, req_idx: npt.NDArray[np.integer] | None = None) -> npt.NDArray[Any]:
+        """Budgets of a batch's rows, ``[num_reqs]``, a copy; 0 is dense.
 
-        ``req_idx`` ``[>= num_reqs]``: the slot of each row (negative: no request, dense); None: row r is slot r.
+        ``req_idx`` ``[>= num_reqs]``: the slot of each row (negative: no request, empty); None: row r is slot r.
         """
         if req_idx is None:
             self._reserve(num_reqs - 1)
             return self._budgets[:num_reqs].copy()
         slots = np.asarray(req_idx[:num_reqs])
         if not len(slots):
-            return np.zeros(0, dtype=np.int32)
+            return self._budgets[:0].copy()
         self._reserve(int(slots.max()))
-        return np.where(slots >= 0, self._budgets[np.maximum(slots, 0)], np.int32(0))
+        return np.where(slots >= 0, self._budgets[np.maximum(slots, 0)], self._empty)
 
     def _reserve(self, slot: int) -> None:
         if slot >= len(self._budgets):
-            grown = np.zeros(max(slot + 1, 2 * len(self._budgets)), dtype=np.int32)
+            grown = np.full(max(slot + 1, 2 * len(self._budgets)), self._empty)
             grown[: len(self._budgets)] = self._budgets
             self._budgets = grown
 
 
 _table = BudgetTable()
+_top_ps = BudgetTable(empty=1.0, dtype=np.float32)
 
 
 def get_budget_table() -> BudgetTable:
     """This process's table."""
     return _table
+
+
+def get_top_p_table() -> BudgetTable:
+    """This process's table of top_p, float32; an empty slot reads 1: the whole budget."""
+    return _top_ps

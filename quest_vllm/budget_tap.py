@@ -1,4 +1,4 @@
-"""The logits processor that carries each request's token budget into the worker, and changes no logits.
+"""The logits processor that carries each request's token budget and top_p into the worker, and changes no logits.
 
 Entry point ``vllm.logits_processors``: vLLM validates a request's parameters with it in the API process, and tells it
 in the worker which request has which batch slot. One class serves both model runners: V1 calls ``update_state`` in
@@ -14,17 +14,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from quest_vllm import compat
 from quest_vllm.budget import (
     ABSENT,
+    TOP_P_XARG,
     XARG,
+    BudgetTable,
     clamp_token_budget,
+    clamp_top_p,
     get_budget_limits,
     get_budget_table,
+    get_top_p_table,
     set_budget_limits,
 )
 from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
 from quest_vllm.page.trace import get_trace_table, trace_number
 from quest_vllm.runtime import config_of
+from quest_vllm.tally import get_tally_table, tally_number
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +38,15 @@ if TYPE_CHECKING:
     from quest_vllm.compat_logits import BatchUpdate
 
 
-def requested_budget(sampling_params: Any) -> object:
+def requested(sampling_params: Any, xarg: str) -> object:
     """What ``sampling_params`` asks for, unchecked; :data:`~quest_vllm.budget.ABSENT` without the key."""
     extra = getattr(sampling_params, "extra_args", None)
-    return extra.get(XARG, ABSENT) if extra else ABSENT
+    return extra.get(xarg, ABSENT) if extra else ABSENT
+
+
+def requested_budget(sampling_params: Any) -> object:
+    """The token budget that ``sampling_params`` asks for, as :func:`requested`."""
+    return requested(sampling_params, XARG)
 
 
 class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
@@ -44,16 +55,18 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         """Called as ``(vllm_config, device, is_pin_memory)`` by V1 and ``(vllm_config, req_states)`` by V2."""
         self._config = config_of(vllm_config)
-        set_budget_limits(self._config, vllm_config.model_config.max_model_len)
+        set_budget_limits(self._config, vllm_config.model_config.max_model_len, compat.is_cpu_platform())
         self._table = get_budget_table()
         self._traces = get_trace_table()
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`~quest_vllm.errors.QuestValueError` for a bad budget; vLLM answers HTTP 400."""
-        requested = requested_budget(sampling_params)
-        if requested is not ABSENT:
-            get_budget_limits().parse(requested)
+        """Raise :class:`~quest_vllm.errors.QuestValueError` for a bad budget or top_p; vLLM answers HTTP 400."""
+        budget, top_p = requested_budget(sampling_params), requested(sampling_params, TOP_P_XARG)
+        if budget is not ABSENT:
+            get_budget_limits().parse(budget)
+        if top_p is not ABSENT:
+            get_budget_limits().parse_top_p(top_p)
 
     def is_argmax_invariant(self) -> bool:
         """True: V1 then skips :meth:`apply` for greedy batches."""
@@ -64,12 +77,12 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
         if batch_update is None:
             return
         for row in batch_update.removed:
-            self._table.clear(row)
-            self._traces.clear(row)
+            for table in self._tables():
+                table.clear(row)
         for row, params, *_ in batch_update.added:
             self._set(row, params)
         for first, second, direction in batch_update.moved:
-            for table in (self._table, self._traces):
+            for table in self._tables():
                 (table.swap if direction == MoveDirectionality.SWAP else table.move)(first, second)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
@@ -81,13 +94,19 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
         """``logits``, untouched."""
         return logits
 
+    def _tables(self) -> tuple[BudgetTable, ...]:
+        return self._table, get_top_p_table(), self._traces, get_tally_table()
+
     def _set(self, slot: int, sampling_params: Any) -> None:
+        extra = getattr(sampling_params, "extra_args", None)
         self._table.set(slot, self._budget(sampling_params))
-        self._traces.set(slot, trace_number(getattr(sampling_params, "extra_args", None)))
+        get_top_p_table().set(slot, clamp_top_p(requested(sampling_params, TOP_P_XARG), default=self._config.top_p))
+        self._traces.set(slot, trace_number(extra))
+        get_tally_table().set(slot, tally_number(extra))
 
     def _budget(self, sampling_params: Any) -> int:
-        requested = requested_budget(sampling_params)
+        budget = requested_budget(sampling_params)
         config = self._config
-        if requested is ABSENT:
+        if budget is ABSENT:
             return config.token_budget
-        return clamp_token_budget(requested, minimum=config.min_token_budget, default=config.token_budget)
+        return clamp_token_budget(budget, minimum=config.min_token_budget, default=config.token_budget)

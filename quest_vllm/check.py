@@ -1,7 +1,6 @@
 """``quest-vllm check``: what would be used here, what is refused and why, and the speed-up that the byte model allows.
 
-What it says of features comes from the code that refuses them at start-up (:mod:`quest_vllm.support`). Exit codes: 0
-done; 1 something here would stop a server, or the model given is refused; 2 bad usage.
+What it says of features comes from the code that refuses them at start-up (:mod:`quest_vllm.support`).
 """
 
 from __future__ import annotations
@@ -16,16 +15,19 @@ import quest_vllm
 from quest_vllm.byte_model import GPU_BANDWIDTHS, Estimate, ModelShape, estimate
 from quest_vllm.config import IMPLEMENTATIONS, MAX_TOKEN_BUDGET, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
+from quest_vllm.exit_codes import DONE, SOME_FAILED, USAGE, help_text
 
 DESCRIPTION = """\
 Print what this machine can do: kernels, page size, model runner, what is refused and why. With --context, also the
 speed-up that the byte model allows: an upper limit by memory traffic, not a forecast.
 """
-EPILOG = """\
+EPILOG = f"""\
 examples:
   quest-vllm check
   quest-vllm check --model MODEL --context 131072 --batch 4 --budget 4096 --bandwidth H200
   quest-vllm check --context 32768 --json
+
+{help_text("check")}
 """
 
 
@@ -50,18 +52,23 @@ def run(arguments: argparse.Namespace) -> int:
         report = build_report(arguments)
     except QuestConfigError as error:
         print(f"quest-vllm check: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     print(json.dumps(report, indent=1) if arguments.json else render(report))
-    return 1 if report["problems"] else 0
+    return SOME_FAILED if report["problems"] else DONE
 
 
 def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that ``check`` says, as JSON values. Raises :class:`QuestConfigError` for a flag out of range."""
-    import torch
-
     from quest_vllm import compat
 
     _check_flags(arguments)
+    try:
+        import torch
+    except ImportError as error:
+        versions = {"quest_vllm": quest_vllm.__version__, "vllm": compat.vllm_version(), "torch": None}
+        wanted = " or ".join(compat.SUPPORTED_VLLM)
+        words = f"PyTorch cannot be imported ({error}): install vLLM {wanted}, which brings it"
+        return {"versions": versions, "device": "unknown", "problems": [words]}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report: dict[str, Any] = {
         "versions": {

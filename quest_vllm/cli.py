@@ -1,7 +1,4 @@
-"""``quest-vllm``: serve a model with sparse decode, measure what a budget costs, or check what this machine can do.
-
-Exit codes: 0 done; 1 a check failed; 2 bad usage; anything else is vLLM's own.
-"""
+"""``quest-vllm``: the console script. Exit codes: :mod:`quest_vllm.exit_codes`."""
 
 from __future__ import annotations
 
@@ -18,11 +15,13 @@ from quest_vllm.server.flags import check_configuration, parser, split_flags
 
 BACKEND_FLAG = "--attention-backend"
 MIDDLEWARE = ["--middleware", "quest_vllm.server.middleware.QuestMiddleware"]
+DESCRIPTION = "Serve a model with sparse decode, measure what a token budget costs and saves, check this machine."
 EPILOG = """\
 examples:
   quest-vllm serve MODEL --port 8000            any flag of `vllm serve` may follow
   QUEST_TOKEN_BUDGET=1024 quest-vllm serve MODEL
   quest-vllm eval MODEL_OR_URL                  scores, KL and text against dense attention, by token budget
+  quest-vllm bench MODEL_OR_URL                 latency and throughput by context, batch and token budget
   quest-vllm serve MODEL --quest-audit 1000     check page summaries while serving, every 1000 steps
   quest-vllm serve MODEL --quest-page           a page at /quest: one prompt, several budgets side by side
   quest-vllm check                              versions, kernels and configuration of this machine
@@ -30,6 +29,9 @@ examples:
   quest-vllm serve MODEL --quest-alias fast=512 --quest-max-budget 4096     see `serve MODEL --help` for all of ours
 
 A request sets its own budget with "sparse_attention": {"token_budget": 512}; 0 is dense.
+
+exit codes: 0 done, 1 something failed, 2 bad usage, 3 a server or engine cannot be used, 130 interrupted; the --help of
+each command says what that means there.
 """
 
 
@@ -94,29 +96,55 @@ def serve(arguments: Sequence[str]) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    # handed over before argparse sees it: vLLM owns every flag behind `serve`
-    if arguments[:1] == ["serve"] and len(arguments) > 1:
-        return serve(arguments[1:])
-    if arguments[:1] == ["eval"]:
-        from quest_vllm.eval.cli import main as evaluate
+COMMANDS = {
+    "serve": "vllm serve with sparse decode on",
+    "eval": "what a token budget costs in quality, on your model",
+    "bench": "what a token budget saves in time, on your machine",
+    "calibrate": "which layers of your model must stay dense",
+    "check": "what this machine can do, what is refused, what to expect",
+    "completion": "completion of these commands for bash, zsh or fish",
+}
 
-        return evaluate(arguments[1:])
-    if arguments[:1] == ["calibrate"]:
-        from quest_vllm.eval.calibrate_cli import main as calibrate
 
-        return calibrate(arguments[1:])
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of what stands before a command, and of ``check``; other commands read their own words."""
     parser = argparse.ArgumentParser(
-        prog="quest-vllm", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="quest-vllm", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=quest_vllm.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("serve", help="vllm serve with sparse decode on", add_help=False)
-    commands.add_parser("eval", help="what a token budget costs in quality, on your model", add_help=False)
-    commands.add_parser("calibrate", help="which layers of your model must stay dense", add_help=False)
-    check.add_arguments(commands.add_parser("check", help="what this machine can do, what is refused, what to expect"))
+    for name, summary in COMMANDS.items():
+        if name == "check":
+            check.add_arguments(commands.add_parser(name, help=summary))
+        else:
+            commands.add_parser(name, help=summary, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, words = arguments[:1], arguments[1:]
+    # handed over before argparse sees it: vLLM owns every flag behind `serve`
+    if command == ["serve"] and words:
+        return serve(words)
+    if command == ["eval"]:
+        from quest_vllm.eval.cli import main as evaluate
+
+        return evaluate(words)
+    if command == ["bench"]:
+        from quest_vllm.bench.cli import main as bench
+
+        return bench(words)
+    if command == ["calibrate"]:
+        from quest_vllm.eval.calibrate_cli import main as calibrate
+
+        return calibrate(words)
+    if command == ["completion"]:
+        from quest_vllm import completion
+
+        return completion.main(words, COMMANDS)
+    parser = build_parser()
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":
         return check.run(parsed)

@@ -8,6 +8,7 @@ that importing quest_vllm neither imports vLLM nor touches a device.
 | ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends own their spec |
 | ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
 | ``v1.worker.cpu_worker.CPUWorker`` subclass | V1 drops plugins' logits processors when it speculates | V1 keeps them |
+| ``compat_seeds.py``: its sampling with seeds | V1 ends the engine at a chunked prefill with a seed | V1 does not |
 | ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
 """
 
@@ -60,6 +61,12 @@ def attention_backend() -> ModuleType:
 def cpu_attention() -> ModuleType:
     """``vllm.v1.attention.backends.cpu_attn``: vLLM-CPU's dense backend."""
     return importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+
+
+def verify_width(vllm_config: Any) -> int:
+    """Query tokens of a request whose drafts are verified, 1 + num_speculative_tokens; 1 without speculation."""
+    speculative = vllm_config.speculative_config
+    return 1 + ((speculative.num_speculative_tokens or 0) if speculative is not None else 0)
 
 
 def flash_attention() -> ModuleType:
@@ -149,18 +156,29 @@ def _tensor() -> type:
 
 
 def live_requests(worker: Any, layer_name: str) -> list[tuple[list[int], int]]:
-    """``(block ids, tokens stored in the KV cache)`` of each running request; none under model runner V2.
+    """``(block ids, tokens stored in the KV cache)`` of each running request, under either model runner.
 
     Block ids are those of ``layer_name``'s KV cache group: models with sliding windows have several.
     """
-    batch = getattr(worker.model_runner, "input_batch", None)
+    runner = worker.model_runner
+    groups = runner.kv_cache_config.kv_cache_groups
+    group = next(i for i, found in enumerate(groups) if layer_name in found.layer_names)
+    batch = getattr(runner, "input_batch", None)
     if batch is None:
-        return []
-    groups = worker.model_runner.kv_cache_config.kv_cache_groups
-    table = batch.block_table[next(i for i, group in enumerate(groups) if layer_name in group.layer_names)]
+        return _live_requests_v2(runner, group)
+    table = batch.block_table[group]
     return [
         (table.block_table.np[row, : table.num_blocks_per_row[row]].tolist(), int(batch.num_computed_tokens_cpu[row]))
         for row in range(batch.num_reqs)
+    ]
+
+
+def _live_requests_v2(runner: Any, group: int) -> list[tuple[list[int], int]]:
+    states, tables = runner.req_states, runner.block_tables
+    stored = states.num_computed_tokens.gpu.tolist()  # waits for the device
+    return [
+        (tables.block_tables[group].gpu[slot, : tables.num_blocks.np[group, slot]].tolist(), stored[slot])
+        for slot in states.req_id_to_index.values()
     ]
 
 

@@ -33,13 +33,15 @@ _ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
-    ``token_budget`` counts sink, recent and current pages; 0 means dense. ``metrics_dir`` None means one per server.
+    ``token_budget`` counts sink, recent and current pages; 0 means dense. ``top_p`` below 1 adapts it, see
+    :func:`quest_vllm.ops.reference.select_pages`. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
     at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means
     no audit while serving; ``page`` lets requests of the page at /quest be traced.
     """
 
     token_budget: int = 2048
+    top_p: float = 1.0
     page_size: int = 16
     sink_pages: int = 1
     recent_pages: int = 2
@@ -264,6 +266,12 @@ def _number_between(low: float, high: float) -> Callable[[str, Any], float]:
     return check
 
 
+def _share(key: str, value: Any) -> float:
+    if not (_is_int(value) or isinstance(value, float)) or not 0 < value <= 1:  # NaN is in no range
+        raise _bad_value(key, "a number above 0, up to 1", value)
+    return float(value)
+
+
 def _page_size(key: str, value: Any) -> int:
     if not _is_int(value) or value not in PAGE_SIZES:
         raise _bad_value(key, f"one of {', '.join(map(str, PAGE_SIZES))}", value)
@@ -315,6 +323,7 @@ def _aliases(key: str, value: Any) -> tuple[tuple[str, int], ...]:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "token_budget": _int_between(0, MAX_TOKEN_BUDGET),
+    "top_p": _share,
     "page_size": _page_size,
     "sink_pages": _int_between(0, 1024),
     "recent_pages": _int_between(1, 1024),
@@ -332,7 +341,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "audit_steps": _int_between(0, 2**31 - 1),
     "page": _flag,
 }
-_FLOAT_KEYS = ("bound_radius",)
+_FLOAT_KEYS = ("bound_radius", "top_p")
 _INT_KEYS = (
     "token_budget",
     "page_size",

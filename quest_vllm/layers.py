@@ -8,6 +8,7 @@ from typing import Any
 from quest_vllm import compat
 from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig
+from quest_vllm.errors import QuestConfigError
 from quest_vllm.ops.key_codes import CHANNELS
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
@@ -50,6 +51,26 @@ def refuse_engine_features(vllm_config: Any) -> None:
             f"{parallel.worker_cls!r}: token budgets would not reach it; leave --worker-cls out and "
             "VLLM_USE_V2_MODEL_RUNNER unset, or start without --attention-backend CUSTOM"
         )
+    refuse_connectors(getattr(vllm_config, "kv_transfer_config", None))
+
+
+def refuse_connectors(transfer: Any) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for a KV connector that would leave the summaries behind.
+
+    ``transfer`` is vLLM's ``KVTransferConfig``, or None. LMCache 0.5 describes what it stores as keys and values by
+    token, ``[2, layers, tokens, heads x head_size]``, not as blocks: pages that it loads would be scored by whatever
+    summaries their block held before. Can go once an audit after a load has shown that they travel.
+    """
+    if transfer is None:
+        return
+    inner = (transfer.kv_connector_extra_config or {}).get("connectors", ())  # MultiConnector's
+    for name in (transfer.kv_connector, *(entry.get("kv_connector") for entry in inner)):
+        if name and name.startswith("LMCache"):
+            raise compat.UnsupportedVllm(
+                f"quest_vllm does not support the KV connector {name}: it stores keys and values by token, and "
+                "nothing shows that the page summaries of their blocks travel with them; use a connector that moves "
+                "whole blocks, or start without --attention-backend CUSTOM"
+            )
 
 
 def refuse_block_size(block_size: int, page_size: int) -> None:
@@ -91,6 +112,14 @@ def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
             raise compat.UnsupportedVllm(
                 f"quest_vllm does not support {feature}; start without --attention-backend CUSTOM to serve this model"
             )
+
+
+def refuse_top_p(config: QuestConfig) -> None:
+    """Raise :class:`~quest_vllm.errors.QuestConfigError` for a default of top_p below 1 where budgets do not adapt."""
+    if config.top_p < 1:
+        raise QuestConfigError(
+            f"top_p: budgets adapt on CPUs only so far: expected 1 on this device, got {config.top_p:g}"
+        )
 
 
 def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:

@@ -1,6 +1,7 @@
 """Which rows of a step are sparse, and what that saves. Host arithmetic on numpy arrays; no device, no vLLM.
 
-A row is one request of the step. Every dense row has a reason, and every reason is counted.
+A row is one decode token of a request, or one prefill chunk (:mod:`quest_vllm.token_rows`). Every dense row has a
+reason, and every reason is counted.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from quest_vllm.config import QuestConfig
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class RowClasses:
     """The rows of one step, each in exactly one class.
 
-    ``page_budgets`` and ``num_pages`` are ``[num_reqs]``; a sparse row's page budget is below its number of pages.
-    The masks are ``[num_reqs]`` bool.
+    ``page_budgets`` and ``num_pages`` are ``[num_rows]``; a sparse row's page budget is below its number of pages, an
+    adaptive one's at most that. The masks are ``[num_rows]`` bool. ``adaptive`` are sparse rows with a top_p below 1:
+    what they read is known once their pages are chosen.
     """
 
     sparse: BoolArray
     page_budgets: IntArray
     num_pages: IntArray
     dense_reasons: dict[str, BoolArray]
+    adaptive: BoolArray
 
     def counts(self) -> Iterator[tuple[str, str, int]]:
         """Yield ``(path, reason, rows)`` for every class that has a row."""
@@ -45,8 +49,12 @@ def classify_rows(
     is_prefilling: BoolArray,
     token_budgets: IntArray,
     config: QuestConfig,
+    top_ps: FloatArray | None = None,
 ) -> RowClasses:
-    """Sort the rows of a step. All arguments are ``[num_reqs]``; a token budget of 0 means dense.
+    """Sort the rows of a step. All arguments are ``[num_rows]``; a token budget of 0 means dense.
+
+    A decode row has one query token: requests with several are cut into rows first. ``top_ps`` None: 1, no row adapts.
+    Below it a row with a budget is sparse even where the budget covers the context, unless the forced pages do.
 
     A budget below the forced pages is raised to them here: the API refuses it, but a worker never fails on it.
     """
@@ -54,9 +62,12 @@ def classify_rows(
     num_pages = -(-seq_lens // page_size)
     wanted = np.maximum(token_budgets, config.min_token_budget)
     page_budgets = -(-wanted // page_size)
-    decode = (query_lens == 1) & ~is_prefilling
-    speculative = (query_lens > 1) & ~is_prefilling
-    covered = page_budgets >= num_pages
+    decode = (query_lens > 0) & ~is_prefilling
+    adaptive = np.zeros_like(decode)
+    if top_ps is not None:
+        adaptive = decode & (token_budgets > 0) & (top_ps < 1) & (num_pages > config.sink_pages + config.recent_pages)
+    page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
+    covered = (page_budgets >= num_pages) & ~adaptive
     sparse = decode & (token_budgets > 0) & ~covered
     return RowClasses(
         sparse=sparse,
@@ -64,19 +75,20 @@ def classify_rows(
         num_pages=num_pages.astype(np.int32),
         dense_reasons={
             "prefill": is_prefilling & (query_lens > 0),
-            "speculative": speculative,
             "no_budget": decode & (token_budgets <= 0),
             "budget_covers_context": decode & (token_budgets > 0) & covered,
         },
+        adaptive=adaptive,
     )
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Pages and KV bytes of the decode rows of one step, in one KV head of one layer.
+    """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head of one layer.
 
     ``pages_*`` and ``tokens_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a
-    page summary is as large as one such pair) over all decode rows.
+    page summary is as large as one such pair) over all decode rows. Dense attention reads a request's context once for
+    all of its query tokens, a sparse row reads its own pages.
     """
 
     pages_selected: int
@@ -87,20 +99,34 @@ class StepTraffic:
     vectors_dense: int
 
 
-def measure_traffic(rows: RowClasses, seq_lens: IntArray, page_size: int) -> StepTraffic:
-    """Count what the step's decode rows read: DESIGN's byte model, exact to the last partial page."""
-    sparse, covered = rows.sparse, rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
+def measure_traffic(
+    rows: RowClasses, seq_lens: IntArray, page_size: int, requests: npt.NDArray[np.intp] | None = None
+) -> StepTraffic:
+    """Count what the step's decode rows read: DESIGN's byte model, exact to the last partial page.
+
+    ``requests`` ``[num_rows]``, ascending: each row's request; None: every row has its own.
+    """
+    sparse = rows.sparse & ~rows.adaptive
+    dense = rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
     selected, available = rows.page_budgets[sparse].astype(np.int64), rows.num_pages[sparse].astype(np.int64)
     lengths = seq_lens[sparse].astype(np.int64)
     # the newest page is always selected, and it alone may be partial
     missing = available * page_size - lengths
-    dense_rows = int(seq_lens[covered].sum(dtype=np.int64))
     attended = int((selected * page_size - missing).sum())
     return StepTraffic(
         pages_selected=int(selected.sum()),
         pages_available=int(available.sum()),
         tokens_attended=attended,
         tokens_available=int(lengths.sum()),
-        vectors_read=attended + int(available.sum()) + dense_rows,
-        vectors_dense=int(lengths.sum()) + dense_rows,
+        vectors_read=attended + int(available.sum()) + int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
+        vectors_dense=int(seq_lens[_last(sparse | dense, requests)].sum(dtype=np.int64)),
     )
+
+
+def _last(rows: BoolArray, requests: npt.NDArray[np.intp] | None) -> npt.NDArray[np.intp]:
+    """Indices of the last of each request's ``rows``: the one with the longest context."""
+    index = np.flatnonzero(rows)
+    if requests is None or not index.size:
+        return index
+    owner = requests[index]
+    return index[np.append(owner[1:] != owner[:-1], True)]

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from quest_vllm.metrics_files import ValueFile, metrics_dir, value_key
 from quest_vllm.runtime import active_config
 
@@ -23,7 +26,6 @@ ROW_KINDS = (
     ("dense", "budget_covers_context"),
     ("dense", "prefill"),
     ("dense", "unsupported"),
-    ("dense", "speculative"),
 )
 STAGES = ("update", "score", "select", "attend")
 MEMORY_PARTS = ("kv", "summaries")
@@ -67,7 +69,7 @@ METRICS = {
     for spec in (
         MetricSpec(
             "quest_decode_rows_total",
-            "Rows (requests in a step) by attention path and the reason for it.",
+            "Rows (a decode token, a draft to verify, or a prefill chunk) by attention path and the reason for it.",
             ("path", "reason"),
         ),
         MetricSpec("quest_pages_selected_total", "Pages that sparse rows attended to, over layers and heads."),
@@ -94,6 +96,12 @@ METRICS = {
             ("result",),
         ),
         MetricSpec("quest_token_budget", "Token budget of each decode row on the sparse path.", (), _BUDGET_BUCKETS),
+        MetricSpec(
+            "quest_tokens_reached",
+            "Tokens that rows with a top_p below 1 attended to: one observation a row, selecting head and layer.",
+            (),
+            _BUDGET_BUCKETS,
+        ),
         MetricSpec(
             "quest_stage_seconds_total",
             "Host seconds in each stage of sparse attention, over layers and workers; CPU backend only.",
@@ -180,6 +188,7 @@ class WorkerMetrics:
             "quest_kv_bytes_read_total",
             "quest_kv_bytes_dense_total",
             "quest_token_budget",
+            "quest_tokens_reached",
         ):
             self._recorder.show(name)
 
@@ -192,7 +201,7 @@ class WorkerMetrics:
         self._recorder.add("quest_pages_selected_total", selected)
         self._recorder.add("quest_pages_available_total", available)
 
-    def tokens(self, attended: int, available: int) -> None:
+    def tokens(self, attended: float, available: float) -> None:
         """Sparse rows attended to ``attended`` of ``available`` tokens, in one head of one layer."""
         self._recorder.add("quest_tokens_attended_total", attended)
         self._recorder.add("quest_tokens_available_total", available)
@@ -214,6 +223,11 @@ class WorkerMetrics:
     def budget(self, tokens: int, count: int) -> None:
         """``count`` sparse rows had a budget of ``tokens``."""
         self._recorder.observe("quest_token_budget", tokens, count=count)
+
+    def reached(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Heads of adaptive rows attended to ``tokens`` each, in one layer."""
+        for value, count in zip(*np.unique(tokens, return_counts=True), strict=True):
+            self._recorder.observe("quest_tokens_reached", int(value), count=int(count))
 
     def stage_seconds(self, stage: str, seconds: float) -> None:
         """``seconds`` went into ``stage``, one of :data:`STAGES`."""

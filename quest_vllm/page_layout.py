@@ -10,6 +10,7 @@ Knows sizes and views only; nothing of vLLM's classes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ class PageViews:
     keys: torch.Tensor
     values: torch.Tensor
     summaries: torch.Tensor
+
+    @functools.cached_property
+    def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as vLLM's kernels take them, ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
 
 def split_chunks(kv_cache: torch.Tensor, head_dim: int, page_size: int) -> PageViews:

@@ -36,13 +36,14 @@ def refuse_eager_pipeline(vllm_config: Any) -> None:
 
 
 class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignore[misc]
-    """The stock CPU platform plus one choice of backend, and of worker where that backend needs it."""
+    """The stock CPU platform plus one choice of backend, and the worker that goes with it."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """As the stock platform; under speculative decoding with CUSTOM, the worker that knows budgets.
+        """As the stock platform; with CUSTOM, the worker that keeps seeds, and budgets under speculative decoding.
 
-        A ``--worker-cls`` of the user's stays; :func:`quest_vllm.layers.refuse_engine_features` then stops the start.
+        A ``--worker-cls`` of the user's stays; under speculative decoding
+        :func:`quest_vllm.layers.refuse_engine_features` then stops the start.
         """
         super().check_and_update_config(vllm_config)
         backend = vllm_config.attention_config.backend
@@ -50,7 +51,7 @@ class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignor
             return
         refuse_eager_pipeline(vllm_config)
         parallel = vllm_config.parallel_config
-        if vllm_config.speculative_config is not None and parallel.worker_cls == STOCK_WORKER:
+        if parallel.worker_cls == STOCK_WORKER:
             parallel.worker_cls = CPU_WORKER
 
     @classmethod

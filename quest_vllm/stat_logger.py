@@ -12,10 +12,12 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 
+from quest_vllm import compat
 from quest_vllm.budget import set_budget_limits
 from quest_vllm.compat_metrics import AggregateStatLoggerBase
 from quest_vllm.metrics_files import FilesCollector, is_multiprocess, metrics_dir
 from quest_vllm.runtime import activate
+from quest_vllm.server import spans
 from quest_vllm.server.facts import set_vllm_config
 
 _registered: tuple[int, str] | None = None
@@ -27,7 +29,8 @@ class QuestStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         config = activate(vllm_config)
         set_vllm_config(vllm_config)
-        set_budget_limits(config, vllm_config.model_config.max_model_len)
+        set_budget_limits(config, vllm_config.model_config.max_model_len, compat.is_cpu_platform())
+        spans.install(vllm_config)
         if not is_multiprocess():
             _register_collector(config.metrics_dir)
 

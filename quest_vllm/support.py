@@ -116,6 +116,8 @@ def _start_up_checks(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         worker = CPU_WORKER if device == "cpu" else "auto"
         engine = _engine(is_v2, speculates=True, worker_cls=worker)
         yield f"speculative decoding, model runner {runner}", partial(layers.refuse_engine_features, engine)
+    lmcache = SimpleNamespace(kv_connector="LMCacheConnectorV1", kv_connector_extra_config={})
+    yield "LMCache", partial(layers.refuse_connectors, lmcache)
     if device == "cpu":
         from quest_vllm.platform_cpu import refuse_eager_pipeline
 

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -93,11 +94,15 @@ void check_dense_tail(const Tensor& tensor, const char* name, int64_t dims) {
   }
 }
 
-void check_int32_rows(const Tensor& tensor, const char* name, int64_t rows) {
+void check_rows(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
   check_cpu(tensor, name);
-  check_dtype(tensor, name, at::kInt);
+  check_dtype(tensor, name, dtype);
   check_dim(tensor, name, 1);
   check_size(tensor, name, 0, rows);
+}
+
+void check_int32_rows(const Tensor& tensor, const char* name, int64_t rows) {
+  check_rows(tensor, name, at::kInt, rows);
 }
 
 void check_head_dim(const Tensor& tensor, const char* name) {
@@ -392,7 +397,8 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
 }
 
 Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
-                    int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget) {
+                    int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
+                    const std::optional<Tensor>& top_p, double mass_scale) {
   check_cpu(page_scores, "page_scores");
   check_dtype(page_scores, "page_scores", at::kFloat);
   check_dim(page_scores, "page_scores", 3);
@@ -404,8 +410,10 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
   TORCH_CHECK(sink_pages >= 0, "sink_pages: expected 0 or more, got ", sink_pages);
   TORCH_CHECK(recent_pages >= 0, "recent_pages: expected 0 or more, got ", recent_pages);
   TORCH_CHECK(max_page_budget >= 0, "max_page_budget: expected 0 or more, got ", max_page_budget);
+  if (top_p) check_rows(*top_p, "top_p", at::kFloat, num_reqs);
   const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
   const int32_t* budgets = page_budgets.const_data_ptr<int32_t>();
+  const float* shares = top_p ? top_p->const_data_ptr<float>() : nullptr;
   for (int64_t row = 0; row < num_reqs; ++row) {
     const int64_t length = lengths[row * seq_lens.stride(0)];
     TORCH_CHECK(length >= 0 && ceil_div(length, page_size) <= max_pages, "seq_lens[", row, "]: expected 0 to ",
@@ -419,10 +427,13 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
     const int64_t row = task / heads, head = task % heads;
     const int64_t pages = ceil_div(lengths[row * seq_lens.stride(0)], page_size);
     static thread_local std::vector<uint32_t> scratch;
+    static thread_local std::vector<float> mass;
     if (int64_t(scratch.size()) < 2 * pages) scratch.resize(2 * pages);
+    if (int64_t(mass.size()) < pages + kLanes) mass.resize(pages + kLanes);
     const SelectTask work{scores + row * page_scores.stride(0) + head * page_scores.stride(1),
-                          out + task * max_page_budget, scratch.data(), pages,
-                          budgets[row * page_budgets.stride(0)], max_page_budget, sink_pages, recent_pages};
+                          out + task * max_page_budget, scratch.data(), mass.data(), pages,
+                          budgets[row * page_budgets.stride(0)], max_page_budget, sink_pages, recent_pages,
+                          shares ? shares[row * top_p->stride(0)] : 1.0f, float(mass_scale)};
     kernels().select(work);
   });
   return selected;
@@ -539,7 +550,7 @@ TORCH_LIBRARY(quest_vllm_cpu, library) {
       "str group_reduction, float bound_radius, float scale, str page_summary) -> Tensor");
   library.def(
       "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
-      "int recent_pages, int max_page_budget) -> Tensor");
+      "int recent_pages, int max_page_budget, Tensor? top_p, float mass_scale) -> Tensor");
   library.def(
       "sparse_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor selected_pages, int page_size, float scale, float softcap, str kv_format) -> Tensor");

@@ -64,7 +64,9 @@ struct SelectTask {
   const float* scores;   // [pages]
   int32_t* selected;     // [max_page_budget]
   uint32_t* scratch;     // [2 * pages]
+  float* mass;           // [pages + kLanes], scratch where top_p < 1
   int64_t pages, page_budget, max_page_budget, sink_pages, recent_pages;
+  float top_p, mass_scale;  // see reference.select_pages
 };
 
 // Some of the selected pages of one request and kv head.

@@ -34,6 +34,76 @@ inline uint32_t nth_greatest(uint32_t* keys, int64_t count, int64_t rank, int64_
   return threshold;
 }
 
+// The greatest keys of those in a row's budget that reach `wanted` mass (> 0): the least of them, and how many of the
+// keys equal to it belong to them. `masses` are the keys' own, equal for equal keys. Destroys both.
+inline uint32_t key_at_mass(uint32_t* keys, float* masses, int64_t count, double wanted, int64_t& equal_wanted) {
+  constexpr int kShift[3] = {21, 10, 0}, kBits[3] = {11, 11, 10};
+  uint32_t threshold = 0;
+  equal_wanted = count;
+  for (int pass = 0; pass < 3; ++pass) {
+    double histogram[1 << 11] = {};
+    const int shift = kShift[pass];
+    const uint32_t mask = (1u << kBits[pass]) - 1;
+    for (int64_t i = 0; i < count; ++i) histogram[(keys[i] >> shift) & mask] += masses[i];
+    int64_t digit = mask;
+    while (digit >= 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
+    if (digit < 0) return 0;  // rounding: all of them
+    threshold |= uint32_t(digit) << shift;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t key = keys[i];
+      keys[kept] = key;
+      masses[kept] = masses[i];
+      kept += ((key >> shift) & mask) == uint32_t(digit);
+    }
+    count = kept;
+  }
+  equal_wanted = 1;
+  while (equal_wanted < count && double(masses[0]) * double(equal_wanted) < wanted) ++equal_wanted;
+  return threshold;
+}
+
+// masses[i] = e^(mass_scale * score - peak) of the `count` pages; false unless all of them are finite.
+inline bool page_masses(const SelectTask& task, const int32_t* pages, int64_t count) {
+  float peak = -__builtin_inff();
+  for (int64_t i = 0; i < count; ++i) {
+    const float logit = task.mass[i] = task.scores[pages[i]] * task.mass_scale;
+    if (!(logit < __builtin_inff())) return false;
+    if (logit > peak) peak = logit;
+  }
+  if (peak == -__builtin_inff()) return false;
+  for (int64_t i = 0; i < count; i += kLanes) store(task.mass + i, exp_nonpositive(load(task.mass + i) - peak));
+  return true;
+}
+
+// Leaves of the `take` ascending pages in task.selected, whose first `sink` and last `recent` stay, the best that hold
+// top_p of their mass; returns how many.
+inline int64_t keep_mass(const SelectTask& task, int64_t take, int64_t sink, int64_t recent) {
+  int32_t* const pages = task.selected;
+  if (take <= sink + recent || !page_masses(task, pages, take)) return take;
+  double total = 0, forced = 0;
+  for (int64_t i = 0; i < take; ++i) {
+    total += task.mass[i];
+    if (i < sink || i >= take - recent) forced += task.mass[i];
+  }
+  const int64_t free = take - recent - sink;
+  const double wanted = double(task.top_p) * total - forced;
+  int64_t equal_left = 0, kept = sink;
+  if (wanted > 0) {
+    for (int64_t i = 0; i < free; ++i) task.scratch[i] = ordered_key(task.scores[pages[sink + i]]);
+    const uint32_t threshold = key_at_mass(task.scratch, task.mass + sink, free, wanted, equal_left);
+    for (int64_t i = sink; i < take - recent; ++i) {
+      const uint32_t key = ordered_key(task.scores[pages[i]]);
+      const bool equal = key == threshold && equal_left > 0;
+      equal_left -= equal;
+      pages[kept] = pages[i];
+      kept += key > threshold || equal;
+    }
+  }
+  for (int64_t i = take - recent; i < take; ++i) pages[kept++] = pages[i];
+  return kept;
+}
+
 void select_row(const SelectTask& task) {
   const int64_t pages = task.pages;
   int64_t take = task.page_budget < pages ? task.page_budget : pages;
@@ -65,5 +135,6 @@ void select_row(const SelectTask& task) {
     }
   }
   for (int64_t page = pages - recent; page < pages; ++page) *out++ = int32_t(page);
+  if (task.top_p < 1) out = task.selected + keep_mass(task, take, sink, recent);
   for (int32_t* const stop = task.selected + task.max_page_budget; out < stop;) *out++ = -1;
 }

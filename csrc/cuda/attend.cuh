@@ -9,11 +9,21 @@
 
 namespace quest {
 
+// A row of a warp's partial output, padded so that its writers meet no bank twice.
+template <int D>
+constexpr int kPartialStride = D + 2;
+
+template <int D>
+__host__ __device__ constexpr int partial_floats(int rows) {
+  return kWarps * rows * kPartialStride<D>;
+}
+
 template <typename T, int D, int kHeadTiles>
 class PageAttention {
  public:
-  __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* selected)
-      : p_(p), row_(row), staging_(window), selected_(selected) {
+  // Serves pages list[0] .. list[entries - 1], or all of the CTA's pages where `list` is null.
+  __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* list, int entries)
+      : p_(p), row_(row), staging_(window), list_(list), tiles_(entries << (p.page_shift - kTileShift)) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
       top_[tile] = -INFINITY;
@@ -26,12 +36,9 @@ class PageAttention {
     }
   }
 
-  // Attends to this CTA's part of the entries and leaves the row's output in p.out. In shared memory: `partial`, kWarps *
-  // rows * D floats, which may be the window itself; `inbox`, inbox_floats<D>(rows) that nothing else uses.
+  // Attends, and leaves the row's output in p.out. In shared memory: `partial`, partial_floats<D>(rows), which may be the
+  // window itself; `inbox`, rows * D floats that nothing else uses.
   __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial, float* inbox) {
-    const int share = div_up(row_.take, row_.size);
-    begin_ = min(row_.rank * share, row_.take);
-    tiles_ = (min(begin_ + share, row_.take) - begin_) << (p_.page_shift - kTileShift);
     const int mine = tiles_ > warp_id() ? div_up(tiles_ - warp_id(), kWarps) : 0;  // tiles of this warp
     Tile ahead = look_up(0);
     Tile next = pick(ahead, 0);
@@ -56,9 +63,9 @@ class PageAttention {
     __syncthreads();  // the window is free for the merge
     mark(p_, 4);
     leave_partial(shared, partial);
-    send(shared, partial, inbox);
+    send(shared, partial, reinterpret_cast<float2*>(inbox));
     cluster_sync();
-    receive(shared, inbox);
+    receive(shared, reinterpret_cast<const float2*>(inbox));
   }
 
  private:
@@ -70,9 +77,8 @@ class PageAttention {
   __device__ __forceinline__ Tile look_up(int k) const {
     const int tile = (k + lane_id()) * kWarps + warp_id();
     if (tile >= tiles_) return Tile{0, 0, 0};
-    const int entry = begin_ + (tile >> (p_.page_shift - kTileShift));
-    const int page = row_.dense ? entry : selected_[entry];
-    if (page < 0) return Tile{0, 0, 0};
+    const int entry = tile >> (p_.page_shift - kTileShift);
+    const int page = list_ == nullptr ? row_.page(entry) : list_[entry];
     const int offset = (tile << kTileShift) & ((1 << p_.page_shift) - 1);
     const int block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
     return Tile{block, ((page & ((1 << p_.block_shift) - 1)) << p_.page_shift) + offset,
@@ -217,7 +223,7 @@ class PageAttention {
           const int head = tile * 8 + 2 * t + c;
           const int dim = 64 * (m / 4) + 8 * n + 2 * (m % 4);
           if (head < p_.rows) {
-            float2* place = reinterpret_cast<float2*>(partial + (warp_id() * p_.rows + head) * D + dim);
+            float2* place = reinterpret_cast<float2*>(partial + (warp_id() * p_.rows + head) * kPartialStride<D> + dim);
             *place = make_float2(acc_[tile][m][c], acc_[tile][m][c + 2]);
           }
         }
@@ -230,52 +236,62 @@ class PageAttention {
     return part_top == -INFINITY ? 0.f : exp2_fast(part_top - top);
   }
 
-  // Joins the warps' results, and sends each part of them to the CTA that finishes it.
-  __device__ __forceinline__ void send(Shared& shared, const float* partial, float* inbox) {
-    const int count = p_.rows * D, share = div_up(count, row_.size);
+  // Joins the warps' results, and sends each of them to the CTA that finishes it: pairs of dims take turns.
+  __device__ __forceinline__ void send(Shared& shared, const float* partial, float2* inbox) {
+    const int pairs = p_.rows * D / 2;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const int head = i / D;
-      float top = -INFINITY, mass = 0.f, sum = 0.f;
-#pragma unroll 4
-      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_softmax[w][head].x);
-#pragma unroll 4
+    for (int i = threadIdx.x; i < pairs; i += kThreads) {
+      const int head = i / (D / 2), pair = i % (D / 2);
+      float2 stats[kWarps];
+      float top = -INFINITY;
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float weight = share_of(shared.warp_softmax[w][head].x, top);
-        mass += weight * shared.warp_softmax[w][head].y;
-        sum += weight * partial[w * count + i];
+        stats[w] = shared.warp_softmax[w][head];
+        top = fmaxf(top, stats[w].x);
       }
-      const int owner = i / share;
-      put(&inbox[row_.rank * share + i - owner * share], row_.peer(owner), sum);
-      if (i % D < row_.size) put(&shared.softmax_inbox[row_.rank][head], row_.peer(i % D), make_float2(top, mass));
+      float mass = 0.f;
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(partial + (w * p_.rows + head) * kPartialStride<D> + 2 * pair);
+        const float weight = share_of(stats[w].x, top);
+        mass += weight * stats[w].y;
+        sum = make_float2(sum.x + weight * part.x, sum.y + weight * part.y);
+      }
+      const int owner = i & (row_.size - 1);
+      put(&inbox[(row_.rank * pairs + i) >> row_.shift], row_.peer(owner), sum);
+      if (pair < row_.size) put(&shared.softmax_inbox[row_.rank][head], row_.peer(pair), make_float2(top, mass));
     }
   }
 
-  __device__ __forceinline__ void receive(Shared& shared, const float* inbox) {
-    const int count = p_.rows * D, share = div_up(count, row_.size);
-    const int begin = row_.rank * share, end = min(count, begin + share);
+  __device__ __forceinline__ void receive(Shared& shared, const float2* inbox) {
+    const int pairs = p_.rows * D / 2, share = pairs >> row_.shift;
     T* out = static_cast<T*>(p_.out) + row_.req * p_.out_req_stride + row_.head * p_.rows * p_.out_head_stride;
 #pragma unroll 1
-    for (int i = begin + threadIdx.x; i < end; i += kThreads) {
-      const int head = i / D;
-      float top = -INFINITY, mass = 0.f, sum = 0.f;
-#pragma unroll 4
+    for (int k = threadIdx.x; k < share; k += kThreads) {
+      const int i = (k << row_.shift) + row_.rank, head = i / (D / 2), pair = i % (D / 2);
+      float top = -INFINITY, mass = 0.f;
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 8
       for (int c = 0; c < row_.size; ++c) top = fmaxf(top, shared.softmax_inbox[c][head].x);
-#pragma unroll 4
+#pragma unroll 8
       for (int c = 0; c < row_.size; ++c) {
-        const float weight = share_of(shared.softmax_inbox[c][head].x, top);
-        mass += weight * shared.softmax_inbox[c][head].y;
-        sum += weight * inbox[c * share + i - begin];
+        const float2 part = inbox[c * share + k], stats = shared.softmax_inbox[c][head];
+        const float weight = share_of(stats.x, top);
+        mass += weight * stats.y;
+        sum = make_float2(sum.x + weight * part.x, sum.y + weight * part.y);
       }
-      out[head * p_.out_head_stride + i % D] = static_cast<T>(mass == 0.f ? 0.f : sum / mass);
+      const float norm = mass == 0.f ? 0.f : 1.f / mass;
+      *reinterpret_cast<uint32_t*>(out + head * p_.out_head_stride + 2 * pair) =
+          Half<T>::pack(mass == 0.f ? 0.f : sum.x * norm, mass == 0.f ? 0.f : sum.y * norm);
     }
   }
 
   const DecodeParams& p_;
   const Row& row_;
   Staging<D> staging_;
-  const int32_t* selected_;
-  int begin_, tiles_;  // first entry and tiles of this CTA
+  const int32_t* list_;
+  int tiles_;
   float acc_[kHeadTiles][D / 16][4];  // [D tile][(d, head 2t), (d, head 2t + 1), (d + 1, 2t), (d + 1, 2t + 1)]
   float top_[kHeadTiles], mass_[kHeadTiles];
 };

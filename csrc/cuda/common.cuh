@@ -16,10 +16,10 @@ constexpr int kMaxCluster = 16;
 constexpr int kMaxRows = 16;       // query heads that share a selection
 constexpr int kTileShift = 4;
 constexpr int kTileTokens = 1 << kTileShift;  // tokens that a warp attends to at a time
-constexpr int kBins = kThreads;    // histogram bins of one selection level, one a thread
-constexpr int kCandidates = kThreads;
+constexpr int kBins = 256;         // histogram bins of one selection level, at most one a thread
+constexpr int kCandidates = 256;
 
-__device__ __forceinline__ int div_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ __forceinline__ constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
@@ -37,6 +37,15 @@ struct Half;
 
 template <>
 struct Half<__nv_bfloat16> {
+  static constexpr uint32_t kInfinity = 0x7F80;
+  static __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
+    __nv_bfloat162 v = __hmin2_nan(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
+  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
+    __nv_bfloat162 v = __hmax2_nan(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
     return *reinterpret_cast<uint32_t*>(&v);
@@ -53,6 +62,15 @@ struct Half<__nv_bfloat16> {
 
 template <>
 struct Half<__half> {
+  static constexpr uint32_t kInfinity = 0x7C00;
+  static __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
+    __half2 v = __hmin2_nan(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
+  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
+    __half2 v = __hmax2_nan(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+    return *reinterpret_cast<uint32_t*>(&v);
+  }
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     __half2 v = __floats2half2_rn(lo, hi);
     return *reinterpret_cast<uint32_t*>(&v);
@@ -93,9 +111,14 @@ struct QueryFragment {
 };
 
 // A cluster's shared memory. A CTA writes into its peers' inboxes and then meets them at a barrier.
-__device__ __forceinline__ void cluster_sync() {
+__device__ __forceinline__ void cluster_arrive() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 __device__ __forceinline__ uint32_t peer_address(const void* mine, int rank) {
@@ -108,12 +131,6 @@ __device__ __forceinline__ uint32_t peer_address(const void* mine, int rank) {
 
 __device__ __forceinline__ void put(const unsigned long long* place, int rank, unsigned long long value) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(peer_address(place, rank)), "l"(value) : "memory");
-}
-__device__ __forceinline__ void put(const int2* place, int rank, int2 value) {
-  asm volatile("st.shared::cluster.v2.s32 [%0], {%1, %2};" ::"r"(peer_address(place, rank)), "r"(value.x), "r"(value.y) : "memory");
-}
-__device__ __forceinline__ void put(const float* place, int rank, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(place, rank)), "f"(value) : "memory");
 }
 __device__ __forceinline__ void put(const float2* place, int rank, float2 value) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(peer_address(place, rank)), "f"(value.x), "f"(value.y) : "memory");
@@ -139,16 +156,6 @@ __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// Least and greatest over the warp.
-__device__ __forceinline__ float2 warp_range(float2 range) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    range.x = fminf(range.x, __shfl_xor_sync(0xFFFFFFFFu, range.x, step));
-    range.y = fmaxf(range.y, __shfl_xor_sync(0xFFFFFFFFu, range.y, step));
-  }
-  return range;
 }
 
 // Exclusive prefix sum over the block's threads, by way of kWarps ints of shared memory.

@@ -19,9 +19,10 @@ struct DecodeParams {
   const int32_t* block_table;   // [num_reqs, max_blocks]
   const int32_t* seq_lens;      // [num_reqs]
   const int32_t* page_budgets;  // [num_reqs]
-  float* scores;                // [num_reqs, H, max_pages]; may be null when all stages run
-  float* score_scratch;         // [num_reqs, H, rows or 1, max_pages]; null when a CTA's share fits shared memory
-  int32_t* selected;            // [num_reqs, H, selected_width]
+  float* scores;                // [num_reqs, H, max_pages]; null when all stages run
+  float* score_scratch;         // [num_reqs, H, rows or 1, plane_pages]; null when a CTA's share fits shared memory
+  int32_t* listed;              // [num_reqs, H, max_pages + kMaxCluster], chosen pages for which shared memory is too small
+  uint8_t* chosen;              // [num_reqs, H, max_pages], 1 where a page is chosen; null when all stages run and nobody asks
   void* out;                    // [num_reqs, H * rows, D]
   int64_t* timeline;            // [num_reqs, H, cluster_size, kMarks] clock ticks of a CTA; null: not measured
   int64_t query_req_stride, query_head_stride;
@@ -32,10 +33,11 @@ struct DecodeParams {
   int64_t out_req_stride, out_head_stride;
   int32_t num_reqs, num_select_heads, rows, heads_per_kv;
   int32_t page_shift, block_shift;  // log2 of tokens in a page and of pages in a block
-  int32_t max_pages, selected_width;
+  int32_t max_pages;
   int32_t sink_pages, recent_pages;
   int32_t reduction, stages;
-  int32_t cluster_size, shared_pages;  // shared_pages: pages of a CTA whose scores fit its shared memory
+  int32_t cluster_size;
+  int32_t plane_pages;  // room for scores: of a CTA's pages in its shared memory, or of a row's in score_scratch
   float bound_radius, scale, softcap;
 };
 

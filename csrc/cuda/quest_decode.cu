@@ -13,32 +13,35 @@ namespace quest {
 // The scores leave for whoever asked for them; kMass counts in powers of two up to here.
 __device__ __forceinline__ void store_scores(const DecodeParams& p, const Row& row, float* global, const float* buffer) {
   const float unit = p.reduction == kMass ? 1.f / kLog2e : 1.f;
-#pragma unroll 1
-  for (int page = row.begin + threadIdx.x; page < row.end; page += kThreads) global[page] = buffer[page - row.begin] * unit;
+  row.each_page([&](int i) {
+    if (i < row.count) global[row.page(i)] = buffer[i] * unit;
+  });
 }
 
 // The selection stage by itself: returns the scores' range.
 __device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, const float* global, float* buffer) {
   float2 range = make_float2(INFINITY, -INFINITY);
-#pragma unroll 1
-  for (int page = row.begin + threadIdx.x; page < row.end; page += kThreads) {
-    const float score = buffer[page - row.begin] = global[page];
+  row.each_page([&](int i) {
+    if (i >= row.count) return;
+    const int page = row.page(i);
+    const float score = buffer[i] = global[page];
     if (row.competes(page) && fabsf(score) < INFINITY) range = make_float2(fminf(range.x, score), fmaxf(range.y, score));
-  }
-  return share_range(row, shared, range);
+  });
+  offer_range(row, shared, range);
+  return take_range(row, shared);
 }
 
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
 template <int D>
 __host__ __device__ constexpr int window_bytes(int rows) {
-  const int merge = kWarps * rows * D * static_cast<int>(sizeof(float));
-  return Staging<D>::kWarpBytes * kWarps > merge ? Staging<D>::kWarpBytes * kWarps : merge;
+  const int merge = partial_floats<D>(rows) * static_cast<int>(sizeof(float));
+  return Staging<D>::kWarpBytes * kWarps > merge ? Staging<D>::kWarpBytes * kWarps : div_up(merge, 128) * 128;
 }
 
-// What peers send of their outputs: a part from each, rounded up.
+// What peers send of their outputs.
 template <int D>
 __host__ __device__ constexpr int inbox_bytes(int rows) {
-  return (rows * D + kMaxCluster) * static_cast<int>(sizeof(float));
+  return rows * D * static_cast<int>(sizeof(float));
 }
 
 template <typename T, int D, int kHeadTiles>
@@ -48,83 +51,108 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
   wait_for_previous_kernel();
   mark(p, 0);
+  // the query and the first blocks are asked for before the row's length is known: the reads overlap
+  const Row guess = Row::guess();
+  QueryFragment<D, kHeadTiles> query;
+  query.load(static_cast<const T*>(p.query) + guess.req * p.query_req_stride +
+                 static_cast<int64_t>(guess.head) * p.rows * p.query_head_stride,
+             p.query_head_stride, p.rows);
+  const int early_block = PageScorer<T, D, kHeadTiles>::guess_block(p, guess);
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
-  const int planes = p.reduction == kMass ? p.rows : 1;
   float* inbox = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
   float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + inbox_bytes<D>(p.rows));
-  int64_t plane_stride = p.shared_pages;
+  const int share = (row.total >> row.shift) + 1;  // a CTA owns at most so many pages
   if (p.score_scratch != nullptr) {
-    buffer = p.score_scratch + row_index * planes * p.max_pages + row.begin;
-    plane_stride = p.max_pages;
+    const int planes = p.reduction == kMass ? p.rows : 1;
+    buffer = p.score_scratch + row_index * planes * p.plane_pages + row.rank * (div_up(share, 8) * 8);
   }
-  int32_t* selected = p.selected + row_index * p.selected_width;
-  QueryFragment<D, kHeadTiles> query;
-  query.load(static_cast<const T*>(p.query) + row.req * p.query_req_stride +
-                 static_cast<int64_t>(row.head) * p.rows * p.query_head_stride,
-             p.query_head_stride, p.rows);
+  PageSelector::clear(shared);
   // a CTA's shared memory may be written by its peers once it runs
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   mark(p, 1);
-  // no score is needed where nothing competes, unless somebody reads them
-  const bool choose = (p.stages & kSelect) && !row.dense && row.take > 0;
   float2 range = make_float2(0.f, 0.f);
-  if ((p.stages & kScore) && row.total > 0 && ((choose && row.ranked > 0) || p.stages == kScore)) {
-    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, plane_stride).run(query, shared);
-    if (p.scores != nullptr) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
-  } else if (choose && !(p.stages & kScore)) {
+  // no score is needed where nothing competes, unless somebody reads them
+  const bool competition = !row.dense && row.ranked > 0 && row.ranked < row.last - row.first;
+  if (p.stages == kScore ? row.total > 0 : competition && (p.stages & kScore)) {
+    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
+    if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
+  } else if (competition && (p.stages & kSelect)) {
     range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);
   }
   mark(p, 2);
-  if (choose) {
-    PageSelector(row, shared, buffer).run(range, selected);
-    cluster_sync();  // the list is whole, and its readers see it
+  PageSelector selector(row, shared, buffer);
+  uint8_t* chosen = p.chosen + row_index * p.max_pages;
+  const int32_t* list = nullptr;
+  int entries = row.count;
+  if (p.stages != kScore && !row.dense) {
+    const bool select = p.stages & kSelect;
+    if (select) selector.find_threshold(range);
+    if (select && p.chosen != nullptr) {
+      row.each_page([&](int i) {
+        if (i < row.count) chosen[row.page(i)] = selector.chooses(i);
+      });
+    }
+    int32_t* spare = p.listed + row_index * (p.max_pages + kMaxCluster) + row.rank * share;
+    entries = list_pages(row, shared, spare, list, [&](int i) {
+      return select ? selector.chooses(i) : i < row.count && chosen[row.page(i)];
+    });
   }
   mark(p, 3);
   if (p.stages & kAttend) {
-    PageAttention<T, D, kHeadTiles>(p, row, window, selected).run(query, shared, reinterpret_cast<float*>(window), inbox);
+    PageAttention<T, D, kHeadTiles>(p, row, window, list, entries).run(query, shared, reinterpret_cast<float*>(window), inbox);
   } else {
     cluster_sync();  // nobody leaves while others write to its inbox
   }
   mark(p, 5);
 }
 
+// A launch's grid. Points into itself: not to be copied.
+struct Grid {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Grid(const Grid&) = delete;
+  Grid(const DecodeParams& p, size_t bytes, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = p.cluster_size;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    // start while the kernel before drains; see wait_for_previous_kernel
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(p.cluster_size, p.num_select_heads, p.num_reqs);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+};
+
+// Launches, or, where `resident` is given, only tells how many clusters the GPU runs at a time.
 template <typename T, int D, int kHeadTiles>
-cudaError_t launch(const DecodeParams& p, cudaStream_t stream) {
+cudaError_t launch(const DecodeParams& p, cudaStream_t stream, int* resident) {
   auto kernel = quest_decode_kernel<T, D, kHeadTiles>;
   const int planes = p.reduction == kMass ? p.rows : 1;
-  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.shared_pages;
+  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
   const size_t bytes = window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
-  if (p.cluster_size > 8) {
+  if (error == cudaSuccess && p.cluster_size > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = p.cluster_size;
-  attributes[0].val.clusterDim.y = 1;
-  attributes[0].val.clusterDim.z = 1;
-  // start while the kernel before drains; see wait_for_previous_kernel
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.cluster_size, p.num_select_heads, p.num_reqs);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  if (error != cudaSuccess) return error;
+  const Grid grid(p, bytes, stream);
+  if (resident != nullptr) return cudaOccupancyMaxActiveClusters(resident, kernel, &grid.config);
+  return cudaLaunchKernelEx(&grid.config, kernel, p);
 }
 
 template <typename T>
-cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream) {
-  if (p.rows <= 8) return launch<T, QUEST_HEAD_DIM, 1>(p, stream);
+cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream, int* resident) {
+  if (p.rows <= 8) return launch<T, QUEST_HEAD_DIM, 1>(p, stream, resident);
 #if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8  // 16 warps have no registers for more heads
-  if (p.rows <= 16) return launch<T, QUEST_HEAD_DIM, 2>(p, stream);
+  if (p.rows <= 16) return launch<T, QUEST_HEAD_DIM, 2>(p, stream, resident);
 #endif
   return cudaErrorInvalidValue;
 }
@@ -151,7 +179,12 @@ extern "C" __attribute__((visibility("default"))) int quest_prepare() {
 // Returns a cudaError_t; `bfloat16` tells the two 16-bit types apart.
 extern "C" __attribute__((visibility("default"))) int quest_decode(const quest::DecodeParams* p, int bfloat16, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  return bfloat16 ? quest::launch_rows<__nv_bfloat16>(*p, s) : quest::launch_rows<__half>(*p, s);
+  return bfloat16 ? quest::launch_rows<__nv_bfloat16>(*p, s, nullptr) : quest::launch_rows<__half>(*p, s, nullptr);
+}
+
+// How many clusters of such a launch the GPU runs at a time. Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int quest_resident_clusters(const quest::DecodeParams* p, int* resident) {
+  return quest::launch_rows<__nv_bfloat16>(*p, nullptr, resident);
 }
 
 extern "C" __attribute__((visibility("default"))) const char* quest_error_string(int error) {

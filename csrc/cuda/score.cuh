@@ -33,47 +33,59 @@ struct Mass {
 template <typename T, int D, int kHeadTiles>
 class PageScorer {
  public:
-  // buffer[plane * plane_stride + page - row.begin] receives the scores; for kMass a plane a query head.
+  // buffer[plane * plane_stride + i] receives the score of the CTA's i-th page; for kMass a plane a query head.
   __device__ __forceinline__ PageScorer(const DecodeParams& p, const Row& row, void* window, float* buffer,
                                         int64_t plane_stride)
       : p_(p), row_(row), staging_(window), buffer_(buffer), plane_stride_(plane_stride) {}
 
-  // Scores pages [row.begin, row.end), a warp eight at a time, and meets the cluster. Returns the scores' range over the
-  // cluster: all of them, but for kMass a rough one.
-  __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared) {
+  // Scores the CTA's pages, a warp eight at a time, and meets the cluster. Returns a range that holds most of the row's
+  // scores: what the warps saw in their first round.
+  __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, int early_block) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
-    const int groups = div_up(row_.end - row_.begin, 8);
-    const int mine = groups > warp_id() ? div_up(groups - warp_id(), kWarps) : 0;  // groups of this warp
-    int64_t ahead = look_up(0), beyond = look_up(kLookUp);
+    const int mine = row_.groups();
+    const bool guessed = row_.size == static_cast<int>(gridDim.x);
+    int64_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
 #pragma unroll 1
-    for (int k = -2; k < mine; ++k) {
-      if (k >= 0) {
+    for (int k = -2; k < max(mine, 1); ++k) {
+      if (k >= 0 && k < mine) {
         Staging<D>::wait_all_but_one();
         score(query, k);
       }
+      if (k == 0 && p_.reduction != kMass) offer_range(row_, shared, range_);
       if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
         ahead = beyond;
         beyond = look_up(k + 2 + kLookUp);
       }
       fill(k + 2, mine, ahead);
     }
-    if (p_.reduction != kMass) return share_range(row_, shared, range_);
+    if (p_.reduction != kMass) return take_range(row_, shared);
     share_mass(shared);
     cluster_sync();
     return normalise(shared);
   }
 
+  // This lane's block of the first look-up, if the row turns out to be as guessed; it may be past the row's end.
+  __device__ __forceinline__ static int guess_block(const DecodeParams& p, const Row& guess) {
+    const int page = guess.page(index_of(0));
+    return page < p.max_pages ? p.block_table[guess.req * p.table_req_stride + (page >> p.block_shift)] : 0;
+  }
+
  private:
   static constexpr int kLookUp = 4;  // groups whose blocks the warp looks up at once, one page a lane
 
-  __device__ __forceinline__ int page_of(int group) const { return row_.begin + (group * kWarps + warp_id()) * 8; }
+  // The page of this lane among the kLookUp groups from `group` on.
+  __device__ __forceinline__ static int index_of(int group) { return Row::first_of(group + lane_id() / 8) + lane_id() % 8; }
 
   // Where the summary of this lane's page begins.
   __device__ __forceinline__ int64_t look_up(int group) const {
-    const int page = page_of(group + lane_id() / 8) + lane_id() % 8;
-    if (page >= row_.end) return 0;
-    const int64_t block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
+    const int i = index_of(group);
+    if (i >= row_.count) return 0;
+    const int page = row_.page(i);
+    return place_of(page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
+  }
+
+  __device__ __forceinline__ int64_t place_of(int page, int block) const {
     return block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
   }
 
@@ -88,7 +100,7 @@ class PageScorer {
         const int64_t offset = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + in_group);
         Staging<D>::copy(staging_.template place<KeyLayout>(group % 2, bound * 8 + in_group, chunk),
                          base + offset + bound * p_.summary_bound_stride + chunk * 8,
-                         page_of(group) + in_group < row_.end);
+                         Row::first_of(group) + in_group < row_.count);
       }
     }
     Staging<D>::commit();  // an empty group keeps the count
@@ -105,7 +117,7 @@ class PageScorer {
       for (int tile = 0; tile < kHeadTiles; ++tile) bound(sums[tile], query.part[tile][j], low, high);
     }
     __syncwarp();  // everybody has read the half
-    store(sums, page_of(group) + 2 * t);
+    store(sums, Row::first_of(group) + 2 * t);
   }
 
   // Rows 0-7 gather the upper bound, rows 8-15 the lower one.
@@ -123,22 +135,21 @@ class PageScorer {
     return 0.5f * (1.f + p_.bound_radius) * upper + 0.5f * (1.f - p_.bound_radius) * lower;
   }
 
-  // sums: bounds of head n (of each tile) for pages `page` and `page + 1`.
-  __device__ __forceinline__ void store(const float (&sums)[kHeadTiles][2][4], int page) {
+  // sums: bounds of head n (of each tile) for the CTA's pages i and i + 1.
+  __device__ __forceinline__ void store(const float (&sums)[kHeadTiles][2][4], int i) {
     const int n = lane_id() / 4;
     float score[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const bool valid = page + c < row_.end;
       score[c] = p_.reduction == kMean ? 0.f : -INFINITY;
 #pragma unroll
       for (int tile = 0; tile < kHeadTiles; ++tile) {
         const bool used = tile * 8 + n < p_.rows;
         const float value = mix(sums[tile][0][c] + sums[tile][1][c], sums[tile][0][c + 2] + sums[tile][1][c + 2]);
         if (p_.reduction == kMass) {
-          if (used && valid) {
+          if (used && i + c < row_.count) {
             const float log2_weight = p_.scale * kLog2e * value;
-            buffer_[(tile * 8 + n) * plane_stride_ + page + c - row_.begin] = log2_weight;
+            buffer_[(tile * 8 + n) * plane_stride_ + i + c] = log2_weight;
             if (log2_weight == log2_weight) mass_[tile].join(log2_weight, 1.f, log2_weight);  // NaN: its own page's only
           }
         } else if (used) {
@@ -147,26 +158,21 @@ class PageScorer {
       }
     }
     if (p_.reduction == kMass) return;
+    const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
+    for (int c = 0; c < 2; ++c) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
+      for (int step = 4; step < 32; step *= 2) {
         const float other = __shfl_xor_sync(0xFFFFFFFFu, score[c], step);
         score[c] = p_.reduction == kMean ? score[c] + other : nan_max(score[c], other);
       }
-    }
-    if (n == 0) {
-      const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (page + c >= row_.end) continue;
-        const float final_score = score[c] * weight;
-        buffer_[page + c - row_.begin] = final_score;
-        if (row_.competes(page + c) && fabsf(final_score) < INFINITY) {
-          range_ = make_float2(fminf(range_.x, final_score), fmaxf(range_.y, final_score));
-        }
+      score[c] *= weight;
+      if (n == 0 && i + c < row_.count && row_.competes(row_.page(i + c)) && fabsf(score[c]) < INFINITY) {
+        range_ = make_float2(fminf(range_.x, score[c]), fmaxf(range_.y, score[c]));
       }
     }
+    // there is room for the whole of the last group
+    if (n == 0) *reinterpret_cast<float2*>(buffer_ + i) = make_float2(score[0], score[1]);
   }
 
   __device__ __forceinline__ static float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
@@ -214,24 +220,24 @@ class PageScorer {
         low = fmaxf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
         high += __shfl_xor_sync(0xFFFFFFFFu, high, step);
       }
-      if (lane_id() == 0) shared.warp_range[0] = make_float2(low, log2_fast(high));
+      if (lane_id() == 0) shared.mass_range = make_float2(low, log2_fast(high));
     }
     __syncthreads();
 #pragma unroll 1
-    for (int page = threadIdx.x; page < row_.end - row_.begin; page += kThreads) {
+    for (int i = threadIdx.x; i < row_.count; i += kThreads) {
       float top = -INFINITY, sum = 0.f;
 #pragma unroll 1
       for (int head = 0; head < p_.rows; ++head) {
-        top = fmaxf(top, buffer_[head * plane_stride_ + page] - shared.log_sum[head]);
+        top = fmaxf(top, buffer_[head * plane_stride_ + i] - shared.log_sum[head]);
       }
       const float shift = top == -INFINITY ? 0.f : top;
 #pragma unroll 1
       for (int head = 0; head < p_.rows; ++head) {
-        sum += exp2_fast(buffer_[head * plane_stride_ + page] - shared.log_sum[head] - shift);
+        sum += exp2_fast(buffer_[head * plane_stride_ + i] - shared.log_sum[head] - shift);
       }
-      buffer_[page] = shift + log2_fast(sum);
+      buffer_[i] = shift + log2_fast(sum);
     }
-    const float2 range = shared.warp_range[0];
+    const float2 range = shared.mass_range;
     __syncthreads();
     return range.x > -1e30f && range.y < 1e30f ? range : make_float2(-100.f, 10.f);
   }

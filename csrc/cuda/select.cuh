@@ -1,8 +1,9 @@
-// Page selection: the exact Top-K of a row, whose scores lie spread over the CTAs of a cluster.
+// Page selection: the exact Top-K of a row, whose scores lie spread over the CTAs of a cluster and their warps.
 //
 // Each level cuts the scores' range into equal bins, counts them over the cluster, and keeps the bin that holds the K-th
-// score. One level is nearly always enough: the bin's few pages are then ranked against one another. The cost is three
-// cluster barriers, not a pass over memory. Equal scores go to the lower page; NaN ranks as +inf.
+// score. One level is nearly always enough: the bin's few pages are then ranked against one another, which gives the
+// least key that is chosen. The cost is two cluster barriers, not a pass over memory. Equal scores go to the lower page;
+// NaN ranks as +inf.
 //
 // Code that runs once is fetched cold, so loops here stay rolled.
 #pragma once
@@ -10,88 +11,107 @@
 
 namespace quest {
 
-__device__ __forceinline__ float ranked_value(float score) { return score != score ? INFINITY : score + 0.f; }
+using Key = unsigned long long;
 
 // Sorts like (score, then lower page first).
-__device__ __forceinline__ unsigned long long rank_key(float score, int page) {
-  const uint32_t bits = __float_as_uint(score);
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return (static_cast<unsigned long long>(ordered) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(page));
+__device__ __forceinline__ Key rank_key(float score, int page) {
+  return (static_cast<Key>(ordered_bits(score)) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(page));
 }
 
 class PageSelector {
  public:
-  // scores[page - row.begin]: the CTA's share, NaN allowed.
+  // scores[i]: of the CTA's i-th page, NaN allowed.
   __device__ __forceinline__ PageSelector(const Row& row, Shared& shared, const float* scores)
       : row_(row), s_(shared), scores_(scores) {}
 
-  // Writes the row's chosen pages, ascending, to `selected`. `range` holds most of the scores, best all of them, and is
-  // the same in all CTAs. All threads of the cluster call it.
-  __device__ __forceinline__ void run(float2 range, int32_t* selected) {
-    write_forced(selected);
-    if (row_.ranked == 0) return;
-    if (row_.ranked == row_.last - row_.first) return write_all(selected);
-    const int before = find_threshold(range);
-    write_ranked(selected + row_.first + before);
+  // Before the barrier in front of `find_threshold`.
+  __device__ __forceinline__ static void clear(Shared& shared) {
+    if (threadIdx.x < kBins) shared.histogram[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.num_candidates = 0;
   }
 
- private:
-  __device__ __forceinline__ float score_of(int page) const { return ranked_value(scores_[page - row_.begin]); }
-
-  // Calls `visit(page, score)` for the competing pages of this thread.
-  template <typename F>
-  __device__ __forceinline__ void each_page(F visit) const {
-    const int end = min(row_.end, row_.last);
-#pragma unroll 2
-    for (int page = max(row_.begin, row_.first) + threadIdx.x; page < end; page += kThreads) visit(page, score_of(page));
-  }
-
-  // Returns how many pages the CTAs before this one choose; shared.threshold is the least key that this one chooses.
-  __device__ __forceinline__ int find_threshold(float2 range) {
+  // Finds what `chooses` compares with. `range` holds most of the scores, best all of them, and is the same in all CTAs.
+  // All threads of the row's CTAs call it.
+  __device__ __forceinline__ void find_threshold(float2 range) {
+    if (row_.ranked == 0 || row_.ranked == row_.last - row_.first) {
+      threshold_ = row_.ranked == 0 ? ~Key{0} : 0;
+      return;
+    }
     int need = row_.ranked;
-    float2 members = make_float2(-INFINITY, INFINITY);  // scores still in question
+    float2 members = make_float2(-INFINITY, INFINITY);  // values still in question
 #pragma unroll 1
     while (true) {
       count_bins(members, range, need);
-      need -= s_.above;
-      if (s_.in_bin <= kCandidates) return rank_candidates(members, range, need);
-      if (s_.threshold_bin == 0) return settle_ties(-INFINITY, need);
-      if (s_.threshold_bin == kBins - 1) return settle_ties(INFINITY, need);
-      members = range = range_of_bin(members, range);
-      if (range.x == range.y) return settle_ties(range.x, need);
+      const int left = need - s_.above;
+      if (s_.in_bin <= kCandidates) return rank_candidates(members, range, left);
+      const float edge = s_.threshold_bin == 0 ? -INFINITY : INFINITY;
+      const bool infinite = s_.threshold_bin == 0 || s_.threshold_bin == kBins - 1;
+      members = range = infinite ? make_float2(edge, edge) : range_of_bin(members, range);
+      start_level();
+      if (range.x != range.y) {
+        need = left;
+        continue;
+      }
+      // more equal scores than a level can hold: now the pages compete, the lower the better
+      ties_ = true;
+      tie_ = range.x;
+      need = row_.ranked;
+      members = make_float2(-INFINITY, INFINITY);
+      range = make_float2(-static_cast<float>(row_.last), -static_cast<float>(row_.first));
     }
   }
 
-  // Monotone in the score; the infinities have bins of their own.
-  __device__ __forceinline__ static int bin_of(float score, float2 range) {
-    if (score == -INFINITY) return 0;
-    if (score == INFINITY) return kBins - 1;
+  // Whether the CTA's i-th page is chosen, forced pages included.
+  __device__ __forceinline__ bool chooses(int i) const {
+    const int page = row_.page(i);
+    return i < row_.count && (!row_.competes(page) || rank_key(value(i, page), page) >= threshold_);
+  }
+
+ private:
+  // What the pages are ranked by.
+  __device__ __forceinline__ float value(int i, int page) const {
+    float score = scores_[i];
+    score = score != score ? INFINITY : score + 0.f;
+    if (!ties_) return score;
+    return score == tie_ ? -static_cast<float>(page) : score > tie_ ? INFINITY : -INFINITY;
+  }
+
+  // Calls `visit(page, value)` for this warp's competing pages.
+  template <typename F>
+  __device__ __forceinline__ void each_value(F visit) const {
+    row_.each_page([&](int i) {
+      const int page = row_.page(i);
+      if (i < row_.count && row_.competes(page)) visit(page, value(i, page));
+    });
+  }
+
+  // Monotone in the value; the infinities have bins of their own.
+  __device__ __forceinline__ static int bin_of(float value, float2 range) {
+    if (value == -INFINITY) return 0;
+    if (value == INFINITY) return kBins - 1;
     const float width = 0.5f * range.y - 0.5f * range.x;  // halves: the width itself may overflow
-    if (!(width > 1e-36f)) return score > range.x ? kBins - 2 : 1;
-    const float place = (0.5f * score - 0.5f * range.x) * __fdividef(kBins - 2.f, width);
+    if (!(width > 1e-36f)) return value > range.x ? kBins - 2 : 1;
+    const float place = (0.5f * value - 0.5f * range.x) * __fdividef(kBins - 2.f, width);
     return 1 + static_cast<int>(fminf(fmaxf(place, 0.f), kBins - 3.f));
   }
 
-  __device__ __forceinline__ static bool is_member(float score, float2 members) {
-    return score >= members.x && score <= members.y;
+  __device__ __forceinline__ static bool is_member(float value, float2 members) {
+    return value >= members.x && value <= members.y;
   }
 
   // Finds the bin that holds the need-th greatest member: threshold_bin, how many lie above it and in it.
   __device__ __forceinline__ void count_bins(float2 members, float2 range, int need) {
-    s_.histogram[threadIdx.x] = 0;
-    if (threadIdx.x == 0) s_.num_candidates = s_.num_above = s_.num_ties = 0;
-    __syncthreads();
-    each_page([&](int, float score) {
-      if (is_member(score, members)) atomicAdd(&s_.histogram[bin_of(score, range)], 1);
+    each_value([&](int, float value) {
+      if (is_member(value, members)) atomicAdd(&s_.histogram[bin_of(value, range)], 1);
     });
     cluster_sync();
     // thread t sums bin 255 - t, so that a prefix sum counts from the top
     const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
     int count = 0, before = 0;
 #pragma unroll 1
-    for (int first = 0; first < row_.size; first += 4) {
-#pragma unroll  // four reads of remote memory in flight
-      for (int c = first; c < first + 4; ++c) {
+    for (int first = 0; bin >= 0 && first < row_.size; first += 8) {
+#pragma unroll  // eight reads of remote memory in flight
+      for (int c = first; c < first + 8; ++c) {
         const int theirs = c < row_.size ? get(&s_.histogram[bin], row_.peer(c)) : 0;
         before += c < row_.rank ? theirs : 0;
         count += theirs;
@@ -108,147 +128,77 @@ class PageSelector {
   }
 
   // Every CTA gets the threshold bin's pages; the need-th greatest key among them is the threshold.
-  __device__ __forceinline__ int rank_candidates(float2 members, float2 range, int need) {
+  __device__ __forceinline__ void rank_candidates(float2 members, float2 range, int need) {
     const int bin = s_.threshold_bin;
-    int above = 0;
-    each_page([&](int page, float score) {
-      const int mine = is_member(score, members) ? bin_of(score, range) : score > members.y ? kBins : -1;
-      above += mine > bin;
-      if (mine == bin) {
-        const int place = s_.in_bin_before + atomicAdd(&s_.num_candidates, 1);
+    each_value([&](int page, float value) {
+      if (!is_member(value, members) || bin_of(value, range) != bin) return;
+      const int place = s_.in_bin_before + atomicAdd(&s_.num_candidates, 1);
 #pragma unroll 1
-        for (int c = 0; c < row_.size; ++c) put(&s_.candidates[place], row_.peer(c), rank_key(score, page));
-      }
+      for (int c = 0; c < row_.size; ++c) put(&s_.candidates[place], row_.peer(c), rank_key(value, page));
     });
-    share_counts(above, 0);
-    const bool candidate = threadIdx.x < s_.in_bin;
-    const unsigned long long key = candidate ? s_.candidates[threadIdx.x] : 0;
-    int greater = 0;
+    cluster_sync();
+    if (threadIdx.x < s_.in_bin) {
+      const Key key = s_.candidates[threadIdx.x];
+      int greater = 0;
 #pragma unroll 4
-    for (int i = 0; i < s_.in_bin; ++i) greater += s_.candidates[i] > key;
-    if (candidate && greater == need - 1) s_.threshold = key;
-    // keys hold 2^32 - 1 - page: winners on lower pages than this CTA's lie in the CTAs before it
-    const bool wins = candidate && greater < need && 0xFFFFFFFFu - static_cast<uint32_t>(key) < row_.begin;
-    return __syncthreads_count(wins) + counts_before().x;
-  }
-
-  // More equal scores than a level can hold: the first `need` of them in page order, CTA by CTA.
-  __device__ __forceinline__ int settle_ties(float score, int need) {
-    int above = 0, tied = 0;
-    each_page([&](int, float other) {
-      above += other > score;
-      tied += other == score;
-    });
-    share_counts(above, tied);
-    const int2 before = counts_before();
-    const int left = max(need - before.y, 0);  // ties that this CTA may choose
-    if (threadIdx.x == 0) s_.threshold = rank_key(score, 0) + 1;  // none of them
-    __syncthreads();
-    // the last of the chosen ties is the threshold
-    const auto tie = [&](int page) { return score_of(page) == score; };
-    const int last = min(left, s_.count_inbox[row_.rank].y);
-    each_chosen(count_before_warp(tie), tie, [&](int page, int place) {
-      if (place + 1 == last) s_.threshold = rank_key(score, page);
-    });
-    __syncthreads();
-    return before.x + min(before.y, need);
-  }
-
-  // Sends this CTA's counts to all, and meets them.
-  __device__ __forceinline__ void share_counts(int above, int tied) {
-    above = __reduce_add_sync(0xFFFFFFFFu, above);
-    tied = __reduce_add_sync(0xFFFFFFFFu, tied);
-    if (lane_id() == 0) {
-      atomicAdd(&s_.num_above, above);
-      atomicAdd(&s_.num_ties, tied);
+      for (int i = 0; i < s_.in_bin; ++i) greater += s_.candidates[i] > key;
+      if (greater == need - 1) s_.threshold = key;
     }
     __syncthreads();
-    if (threadIdx.x < row_.size) put(&s_.count_inbox[row_.rank], row_.peer(threadIdx.x), make_int2(s_.num_above, s_.num_ties));
-    cluster_sync();
+    threshold_ = s_.threshold;
   }
 
-  __device__ __forceinline__ int2 counts_before() const {
-    int2 sum = make_int2(0, 0);
-#pragma unroll 4
-    for (int c = 0; c < row_.rank; ++c) sum = make_int2(sum.x + s_.count_inbox[c].x, sum.y + s_.count_inbox[c].y);
-    return sum;
-  }
-
-  // The score interval of the threshold bin's members, over the cluster.
+  // The interval of the threshold bin's members, over the cluster.
   __device__ __forceinline__ float2 range_of_bin(float2 members, float2 range) {
     float2 mine = make_float2(INFINITY, -INFINITY);
     const int bin = s_.threshold_bin;
-    each_page([&](int, float score) {
-      if (is_member(score, members) && bin_of(score, range) == bin) {
-        mine = make_float2(fminf(mine.x, score), fmaxf(mine.y, score));
+    each_value([&](int, float value) {
+      if (is_member(value, members) && bin_of(value, range) == bin) {
+        mine = make_float2(fminf(mine.x, value), fmaxf(mine.y, value));
       }
     });
-    cluster_sync();  // every CTA has read the histograms, which are cleared next
-    return share_range(row_, s_, mine);
+    offer_range(row_, s_, mine);
+    return take_range(row_, s_);
   }
 
-  // Counts, for this warp, the pages that `choose(page)` picks of its part of the share, whose pages neighbour one
-  // another; returns how many the warps before it picked.
-  template <typename F>
-  __device__ __forceinline__ int count_before_warp(F choose) const {
-    int begin, end, count = 0;
-    warp_part(begin, end);
-#pragma unroll 2
-    for (int page = begin + lane_id(); page < end; page += 32) count += choose(page);
-    count = __reduce_add_sync(0xFFFFFFFFu, count);
-    if (lane_id() == 0) s_.scan[warp_id()] = count;
+  __device__ __forceinline__ void start_level() const {
+    cluster_sync();  // every CTA has read the histograms
+    clear(s_);
     __syncthreads();
-    int before = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) before += w < warp_id() ? s_.scan[w] : 0;
-    return before;
-  }
-
-  // Calls `visit(page, place)` in page order for the pages that `choose(page)` picks; `place` counts from `before`.
-  template <typename F, typename G>
-  __device__ __forceinline__ void each_chosen(int before, F choose, G visit) const {
-    int begin, end;
-    warp_part(begin, end);
-#pragma unroll 2
-    for (int first = begin; first < end; first += 32) {
-      const int page = first + lane_id();
-      const bool chosen = page < end && choose(page);
-      const uint32_t all = __ballot_sync(0xFFFFFFFFu, chosen);
-      if (chosen) visit(page, before + __popc(all & ((1u << lane_id()) - 1)));
-      before += __popc(all);
-    }
-  }
-
-  __device__ __forceinline__ void warp_part(int& begin, int& end) const {
-    const int first = max(row_.begin, row_.first), last = min(row_.end, row_.last);
-    const int part = div_up(max(last - first, 0), kWarps * 32) * 32;
-    begin = min(first + warp_id() * part, last);
-    end = min(begin + part, last);
-  }
-
-  __device__ __forceinline__ void write_ranked(int32_t* selected) const {
-    const unsigned long long threshold = s_.threshold;
-    const auto choose = [&](int page) { return rank_key(score_of(page), page) >= threshold; };
-    each_chosen(count_before_warp(choose), choose, [&](int page, int place) { selected[place] = page; });
-  }
-
-  __device__ __forceinline__ void write_forced(int32_t* selected) const {
-    if (row_.rank != 0) return;
-    const int recent = row_.total - row_.last;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < row_.first + recent; i += kThreads) {
-      const bool sink = i < row_.first;
-      selected[sink ? i : i + row_.ranked] = sink ? i : row_.last + i - row_.first;
-    }
-  }
-
-  __device__ __forceinline__ void write_all(int32_t* selected) const {
-    each_page([&](int page, float) { selected[page] = page; });
   }
 
   const Row& row_;
   Shared& s_;
   const float* scores_;
+  Key threshold_ = 0;
+  float tie_ = 0.f;
+  bool ties_ = false;  // whether pages whose score is `tie_` compete by their number
 };
+
+// Lists this CTA's pages for which `chooses(i)` holds, warp after warp, in `listed` or, where there is no room, in
+// `spare`; returns how many there are. All threads of the CTA call it; the list is theirs afterwards.
+template <typename F>
+__device__ __forceinline__ int list_pages(const Row& row, Shared& shared, int32_t* spare, const int32_t*& list, F chooses) {
+  int mine = 0;
+  row.each_page([&](int i) { mine += __popc(__ballot_sync(0xFFFFFFFFu, chooses(i))); });
+  if (lane_id() == 0) shared.scan[warp_id()] = mine;
+  __syncthreads();
+  int place = 0, all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    place += w < warp_id() ? shared.scan[w] : 0;
+    all += shared.scan[w];
+  }
+  int32_t* to = all <= kListed ? shared.listed : spare;
+  row.each_page([&](int i) {
+    const bool chosen = chooses(i);
+    const uint32_t among = __ballot_sync(0xFFFFFFFFu, chosen);
+    if (chosen) to[place + __popc(among & ((1u << lane_id()) - 1))] = row.page(i);
+    place += __popc(among);
+  });
+  __syncthreads();
+  list = to;
+  return all;
+}
 
 }  // namespace quest

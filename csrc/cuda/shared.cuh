@@ -7,6 +7,7 @@ namespace quest {
 // Score groups and attention tiles that are worth a CTA. A CTA then scores at most 144 pages or its part of the longest
 // context over the whole cluster: cuda.py sizes the buffer so.
 constexpr int kMinimumWork = 16;
+constexpr int kListed = 512;  // chosen pages of a CTA that it lists in shared memory
 
 // Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
 struct alignas(128) Shared {
@@ -14,36 +15,46 @@ struct alignas(128) Shared {
   float4 warp_mass[kWarps][kMaxRows];
   unsigned long long candidates[kCandidates];
   unsigned long long threshold;
-  int histogram[kBins];
-  float2 range_inbox[kMaxCluster];           // each CTA's least and greatest score
-  float2 warp_range[kWarps];
-  int2 count_inbox[kMaxCluster];             // each CTA's pages above the threshold bin, and tied ones
+  float2 range_inbox[kMaxCluster][kWarps];      // each warp's least and greatest score
   float2 softmax_inbox[kMaxCluster][kMaxRows];  // each CTA's (max, sum) of its part of the attention
   float2 warp_softmax[kWarps][kMaxRows];
-  float log_sum[kMaxRows];                   // log2 of a head's sum of exp2 over all pages
+  float2 mass_range;
+  float log_sum[kMaxRows];                      // log2 of a head's sum of exp2 over all pages
+  int histogram[kBins];
+  int32_t listed[kListed];
   int scan[kWarps];
   int threshold_bin, above, in_bin, in_bin_before;
-  int num_candidates, num_above, num_ties;
+  int num_candidates;
 };
 
-// One row: a request and a selection head. All CTAs of a cluster see the same one.
+// One row: a request and a selection head. All CTAs of a cluster see the same one. Of every `size` neighbouring pages a
+// CTA owns one, in an order that a hash shuffles, so that no pattern in the text makes one CTA's part of the chosen pages
+// much longer than another's. It scores its own pages and attends to those of them that are chosen.
 struct Row {
   int req, head, kv_head;
   int seq_len, total;       // tokens; pages
   int take;                 // pages to attend to
   int first, last, ranked;  // pages [first, last) compete for `ranked` places; the others are forced
-  int rank, size;           // this CTA in its row, and how many CTAs have work; rank 0 is not always the cluster's first
-  int turn;                 // the cluster's CTA that has rank 0
-  int begin, end;           // pages that this CTA scores
+  int rank, size, shift;    // this CTA in its row, and how many CTAs have work: 2^shift
+  int turn;                 // the cluster's CTA that has rank 0: not always the cluster's first
+  int count;                // pages that this CTA owns
   bool dense;               // the budget covers the context
 
-  __device__ __forceinline__ static Row make(const DecodeParams& p) {
+  // What is known before the row's length is, as if all CTAs had work.
+  __device__ __forceinline__ static Row guess() {
     Row row;
     row.head = static_cast<int>(blockIdx.y);
     row.req = static_cast<int>(blockIdx.z);
     // clusters begin on the same few SMs: taking turns spreads those CTAs that stay
     row.turn = static_cast<int>((blockIdx.y + blockIdx.z) & (gridDim.x - 1));
     row.rank = static_cast<int>((blockIdx.x - row.turn) & (gridDim.x - 1));
+    row.size = static_cast<int>(gridDim.x);
+    row.shift = 31 - __clz(row.size);
+    return row;
+  }
+
+  __device__ __forceinline__ static Row make(const DecodeParams& p) {
+    Row row = guess();
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
@@ -51,7 +62,6 @@ struct Row {
     row.take = max(min(budget, row.total), 0);
     // not `take == total`: ptxas 13.0.88 compiles that to a wrong answer after the clamp above
     row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend);
-    if (p.stages & kSelect) row.take = min(row.take, p.selected_width);
     const int recent = min(p.recent_pages, row.take);
     const int sink = min(min(p.sink_pages, max(row.total - p.recent_pages, 0)), row.take - recent);
     row.first = sink;
@@ -60,30 +70,72 @@ struct Row {
     // CTAs without work leave at once
     const int scored = row.dense ? 0 : row.total / 8;
     const int work = scored + (row.take << (p.page_shift - kTileShift));
-    row.size = max(1, min(static_cast<int>(gridDim.x), div_up(work, kMinimumWork)));
-    const int share = div_up(div_up(row.total, row.size), 16) * 16;
-    row.begin = min(row.rank * share, row.total);
-    row.end = min(row.begin + share, row.total);
+    const int worth = max(1, div_up(work, kMinimumWork));
+    row.size = min(static_cast<int>(gridDim.x), 1 << (32 - __clz(worth - 1)));
+    row.shift = 31 - __clz(row.size);
+    row.count = (row.total >> row.shift) + (row.place_in(row.total >> row.shift) < (row.total & (row.size - 1)));
     return row;
   }
+
+  // Which of the `size` pages from size * i on this CTA owns.
+  __device__ __forceinline__ int place_in(int i) const {
+    return (rank + static_cast<int>((static_cast<uint32_t>(i) * 0x9E3779B1u) >> 24)) & (size - 1);
+  }
+  __device__ __forceinline__ int page(int i) const { return (i << shift) + place_in(i); }
 
   // The cluster's CTA that has `other` as its rank.
   __device__ __forceinline__ int peer(int other) const { return (other + turn) & (static_cast<int>(gridDim.x) - 1); }
 
   __device__ __forceinline__ bool competes(int page) const { return page >= first && page < last; }
+
+  // Groups of eight own pages that this warp serves: every kWarps-th.
+  __device__ __forceinline__ int groups() const {
+    const int all = div_up(count, 8);
+    return all > warp_id() ? div_up(all - warp_id(), kWarps) : 0;
+  }
+  __device__ __forceinline__ static int first_of(int group) { return (group * kWarps + warp_id()) * 8; }
+
+  // Calls `visit(i)` for the pages of this warp, one a lane, in lockstep; i >= count where a lane has none.
+  template <typename F>
+  __device__ __forceinline__ void each_page(F visit) const {
+    const int mine = groups();
+#pragma unroll 1
+    for (int group = lane_id() / 8; group - lane_id() / 8 < mine; group += 4) visit(first_of(group) + lane_id() % 8);
+  }
 };
 
-// The range over the cluster of what its threads found. A call, not inlined: it is needed in three places.
-__device__ __noinline__ float2 share_range(const Row row, Shared& shared, float2 range) {
+// Sorts as the float does, NaN aside.
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
+}
+
+// Least and greatest over the warp.
+__device__ __forceinline__ float2 warp_range(float2 range) {
+  return make_float2(from_ordered_bits(__reduce_min_sync(0xFFFFFFFFu, ordered_bits(range.x))),
+                     from_ordered_bits(__reduce_max_sync(0xFFFFFFFFu, ordered_bits(range.y))));
+}
+
+// The range over the cluster of what its threads find, in two steps, between which a warp may go on with its work. A
+// cluster barrier lies between the steps. `offer`: this warp's part of the range, at least.
+__device__ __forceinline__ void offer_range(const Row& row, Shared& shared, float2 range) {
   range = warp_range(range);
-  if (lane_id() == 0) shared.warp_range[warp_id()] = range;
-  __syncthreads();
-  if (warp_id() == 0) {
-    range = warp_range(lane_id() < kWarps ? shared.warp_range[lane_id()] : make_float2(INFINITY, -INFINITY));
-    if (lane_id() < row.size) put(&shared.range_inbox[row.rank], row.peer(lane_id()), range);
+#pragma unroll 1
+  for (int c = lane_id(); c < row.size; c += 32) put(&shared.range_inbox[row.rank][warp_id()], row.peer(c), range);
+  cluster_arrive();
+}
+__device__ __forceinline__ float2 take_range(const Row& row, const Shared& shared) {
+  cluster_wait();
+  float2 range = make_float2(INFINITY, -INFINITY);
+#pragma unroll 1
+  for (int i = lane_id(); i < row.size * kWarps; i += 32) {
+    const float2 other = shared.range_inbox[i / kWarps][i % kWarps];
+    range = make_float2(fminf(range.x, other.x), fmaxf(range.y, other.y));
   }
-  cluster_sync();
-  return warp_range(lane_id() < row.size ? shared.range_inbox[lane_id()] : make_float2(INFINITY, -INFINITY));
+  return warp_range(range);
 }
 
 // Notes the CTA's clock for whoever measures the stages.

@@ -9,33 +9,38 @@ namespace quest {
 
 constexpr int kMaxPageSize = 256;
 
+// Eight 16-bit floats each, two to a word; keep NaN, as torch's amin and amax do.
 template <typename T>
-struct Vector8 {
-  T item[8];
-  __device__ __forceinline__ static Vector8 load(const T* p) {
-    Vector8 v;
-    *reinterpret_cast<uint4*>(v.item) = *reinterpret_cast<const uint4*>(p);
-    return v;
+__device__ __forceinline__ void widen(uint4& low, uint4& high, const uint4& least, const uint4& greatest) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    (&low.x)[i] = Half<T>::min2((&low.x)[i], (&least.x)[i]);
+    (&high.x)[i] = Half<T>::max2((&high.x)[i], (&greatest.x)[i]);
   }
-};
+}
 
-// Keep NaN, as torch's amin and amax do.
-__device__ __forceinline__ float nan_min(float a, float b) { return a != a ? a : b != b ? b : fminf(a, b); }
-__device__ __forceinline__ float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
+// The slots around `token` that may lie in its page, one a lane, from the `round`-th 32 on; -1 past the end.
+__device__ __forceinline__ int first_neighbour(const WriteParams& p, int token, int round) {
+  return max(0, token - (1 << p.page_shift) + 1) + 32 * round + lane_id();
+}
+__device__ __forceinline__ int64_t neighbour(const WriteParams& p, int token, int round) {
+  const int other = first_neighbour(p, token, round);
+  return other < min(p.num_tokens, token + (1 << p.page_shift)) ? p.slot_mapping[other] : -1;
+}
 
-// source[r]: the token of this call that wrote row r of the page, or -1. Returns whether `token` is the page's last.
-__device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int* source) {
+// source[r]: the token of this call that wrote row r of the page, or -1. `theirs`: neighbour(p, token, 0). Returns
+// whether `token` is the page's last.
+__device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, int64_t slot, int64_t theirs, int* source) {
   const int page_size = 1 << p.page_shift;
 #pragma unroll 1
   for (int row = lane_id(); row < page_size; row += 32) source[row] = -1;
   __syncwarp();
   bool later = false;
-  const int end = min(p.num_tokens, token + page_size);
 #pragma unroll 1
-  for (int other = max(0, token - page_size + 1) + lane_id(); other < end; other += 32) {
-    const int64_t theirs = p.slot_mapping[other];
+  for (int round = 0; round < div_up(2 * page_size, 32); ++round) {
+    if (round > 0) theirs = neighbour(p, token, round);
     if (theirs >= 0 && theirs >> p.page_shift == slot >> p.page_shift) {
-      source[theirs & (page_size - 1)] = other;
+      source[theirs & (page_size - 1)] = first_neighbour(p, token, round);
       later |= theirs > slot;
     }
   }
@@ -53,49 +58,37 @@ __device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, in
   const int64_t block = slot >> p.block_shift;
   const T* cached = static_cast<const T*>(p.keys) + block * p.key_block_stride + head * p.key_head_stride + part;
   const T* given = static_cast<const T*>(p.key) + head * p.key_head_stride_in + part;
-  float low[8], high[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    low[i] = INFINITY;
-    high[i] = -INFINITY;
-  }
+  constexpr uint32_t kInfinities = Half<T>::kInfinity * 0x10001u, kSigns = 0x80008000u;
+  uint4 low = make_uint4(kInfinities, kInfinities, kInfinities, kInfinities);
+  uint4 high = make_uint4(kInfinities | kSigns, kInfinities | kSigns, kInfinities | kSigns, kInfinities | kSigns);
 #pragma unroll 1
   for (int round = lane_id() / kLanes; round < count; round += 16) {
-    Vector8<T> key[kRound];
+    uint4 key[kRound];
 #pragma unroll
     for (int k = 0; k < kRound; ++k) {
       const int row = min(round + k * kRows, count - 1);  // the last row once more changes nothing
       const int from = p.key == nullptr ? -1 : source[row];
-      key[k] = Vector8<T>::load(from < 0 ? cached + (first + row) * p.key_row_stride : given + from * p.key_token_stride);
+      const T* place = from < 0 ? cached + (first + row) * p.key_row_stride : given + from * p.key_token_stride;
+      key[k] = *reinterpret_cast<const uint4*>(place);
     }
 #pragma unroll
-    for (int k = 0; k < kRound; ++k) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        low[i] = nan_min(low[i], static_cast<float>(key[k].item[i]));
-        high[i] = nan_max(high[i], static_cast<float>(key[k].item[i]));
-      }
-    }
+    for (int k = 0; k < kRound; ++k) widen<T>(low, high, key[k], key[k]);
   }
 #pragma unroll
   for (int step = kLanes; step < 32; step *= 2) {
+    uint4 other_low, other_high;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      low[i] = nan_min(low[i], __shfl_xor_sync(0xFFFFFFFFu, low[i], step));
-      high[i] = nan_max(high[i], __shfl_xor_sync(0xFFFFFFFFu, high[i], step));
+    for (int i = 0; i < 4; ++i) {
+      (&other_low.x)[i] = __shfl_xor_sync(0xFFFFFFFFu, (&low.x)[i], step);
+      (&other_high.x)[i] = __shfl_xor_sync(0xFFFFFFFFu, (&high.x)[i], step);
     }
+    widen<T>(low, high, other_low, other_high);
   }
   if (lane_id() >= kLanes) return;
   T* summary = static_cast<T*>(p.summaries) + block * p.summary_block_stride + head * p.summary_head_stride +
                (block_row >> p.page_shift) * p.summary_page_stride + part;
-  uint4 packed_low, packed_high;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    (&packed_low.x)[i] = Half<T>::pack(low[2 * i], low[2 * i + 1]);
-    (&packed_high.x)[i] = Half<T>::pack(high[2 * i], high[2 * i + 1]);
-  }
-  *reinterpret_cast<uint4*>(summary) = packed_low;
-  *reinterpret_cast<uint4*>(summary + p.summary_bound_stride) = packed_high;
+  *reinterpret_cast<uint4*>(summary) = low;
+  *reinterpret_cast<uint4*>(summary + p.summary_bound_stride) = high;
 }
 
 template <typename T, int D>
@@ -106,6 +99,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
   if (unit >= static_cast<int64_t>(p.num_tokens) * p.num_kv_heads) return;
   const int token = static_cast<int>(unit / p.num_kv_heads), head = static_cast<int>(unit % p.num_kv_heads);
+  const int64_t neighbours = neighbour(p, token, 0);  // asked for together with the slot itself
   const int64_t slot = p.slot_mapping[token];
   if (slot < 0) return;
   if (p.key != nullptr) {
@@ -121,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
       *reinterpret_cast<uint4*>((i < D / 8 ? key_out : value_out) + at) = vector;
     }
   }
-  if (find_page_rows(p, token, slot, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
+  if (find_page_rows(p, token, slot, neighbours, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
 }
 
 #ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_write_on_host.py
@@ -129,8 +123,16 @@ template <typename T>
 cudaError_t launch_write(const WriteParams& p, cudaStream_t stream) {
   const int64_t units = static_cast<int64_t>(p.num_tokens) * p.num_kv_heads;
   if (units == 0) return cudaSuccess;
-  write_kv_kernel<T, QUEST_HEAD_DIM><<<static_cast<unsigned>((units + kWarps - 1) / kWarps), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  cudaLaunchAttribute early = {};  // start while the kernel before drains; see wait_for_previous_kernel
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((units + kWarps - 1) / kWarps));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, write_kv_kernel<T, QUEST_HEAD_DIM>, p);
 }
 
 }  // namespace quest

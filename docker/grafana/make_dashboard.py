@@ -128,7 +128,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Rows by path and reason",
-            "Every dense row has a reason. prefill is always dense; unsupported and speculative cost you speed.",
+            "Every dense row has a reason. prefill is always dense; unsupported costs you speed.",
             {"{{path}}: {{reason}}": rate("quest_decode_rows_total", "path, reason")},
             "cps",
             stacked=True,

@@ -12,17 +12,18 @@ from typing import Any
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestError, QuestValueError
 from quest_vllm.eval.calibrate import Task, calibrate
-from quest_vllm.eval.cli import DONE, INTERRUPTED, UNAVAILABLE, USAGE, json_object, number
+from quest_vllm.eval.cli import json_object, number
 from quest_vllm.eval.engine_runner import engine_args, policy, start_engine, stop_engine
 from quest_vllm.eval.library import Library
 from quest_vllm.eval.plan import DECODE, DENSE, EvalUnavailable, Plan
 from quest_vllm.eval.prompts import load_codec
 from quest_vllm.eval.run import environment
 from quest_vllm.eval.text import TEXT, TextSource, load_text
+from quest_vllm.exit_codes import DONE, INTERRUPTED, UNAVAILABLE, USAGE, help_text
 from quest_vllm.model_settings import file_name, packaged_models_dir, search_dirs
 
 DESCRIPTION = "Find which layers of a model must stay dense, by measured KL, and keep the answer for serving."
-EPILOG = """\
+EPILOG = f"""\
 Each layer is made sparse alone; then the worst 0, 1, 2, ... layers are kept dense while the others get a smaller
 budget, so that every candidate reads as many bytes as --budget in all layers. The choice is measured again on held-back
 text, beside no dense layer and layers 0 and 1. All of it is written into the YAML file as evidence.
@@ -30,7 +31,7 @@ text, beside no dense layer and layers 0 and 1. All of it is written into the YA
 `quest-vllm serve MODEL` picks the file up by the model's name: $QUEST_MODELS_DIR, then ~/.config/quest_vllm/models,
 then the packaged configs/models. QUEST_CONFIG, --additional-config and QUEST_* variables win over it.
 
-exit codes: 0 written; 2 bad usage; 3 the engine cannot be used; 130 interrupted.
+{help_text("calibrate")}
 """
 COMMENT = """\
 # Written by `quest-vllm calibrate`. Serving reads `settings` for models of this name; the rest is why.

@@ -17,10 +17,10 @@ from quest_vllm.eval.run import evaluate
 from quest_vllm.eval.session import Options
 from quest_vllm.eval.tasks import TASKS
 from quest_vllm.eval.text import CONTINUATION, TEXT
+from quest_vllm.exit_codes import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, help_text
 
-DONE, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 DESCRIPTION = "Measure what a token budget costs in quality: scores, KL and text against dense attention, same run."
-EPILOG = """\
+EPILOG = f"""\
 examples:
   quest-vllm eval MODEL                                   in process: both ways of reading a question, KL and NLL
   quest-vllm eval MODEL --tasks needle_multikey,text --context 4096,16384 --budgets dense,1024,256 --items 50
@@ -35,8 +35,7 @@ where the question is read (--question):
 results in --output: items.jsonl (one line a measurement; the same command goes on from there, and more budgets,
 tasks or contexts may be added), results.json (everything, with intervals), results.png (where matplotlib is installed).
 
-exit codes: 0 every measurement is there; 1 some failed (the table leaves them out; run again to retry);
-2 bad usage; 3 the server or the engine cannot be used; 130 interrupted (run again to go on).
+{help_text("eval")}
 
 tasks:
 """
@@ -49,7 +48,9 @@ def _task_help() -> str:
     return "\n".join(lines)
 
 
-def _numbers(low: int) -> Callable[[str], tuple[int, ...]]:
+def numbers(low: int) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers of at least ``low`` between commas, each once."""
+
     def parse(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(number(low)(part) for part in text.split(",")))
 
@@ -67,8 +68,8 @@ def number(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _budgets(text: str) -> tuple[int, ...]:
-    """Dense first, then from large to small."""
+def budget_list(text: str) -> tuple[int, ...]:
+    """An argparse type: budgets between commas; dense, always among them, first, then from large to small."""
     parts = [part.strip() for part in text.split(",")]
     sparse = {number(1)(part) for part in parts if part not in ("dense", "0")}
     return (DENSE, *sorted(sparse, reverse=True))
@@ -110,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--budgets",
-        type=_budgets,
+        type=budget_list,
         default="dense,2048,1024,512,256",
         metavar="B,...",
         help="default %(default)s; dense is always measured",
@@ -125,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--context",
-        type=_numbers(64),
+        type=numbers(64),
         default="4096",
         metavar="N,...",
         help="exact prompt lengths in tokens; default %(default)s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from quest_vllm.budget import XARG
 from quest_vllm.errors import QuestValueError
@@ -47,7 +47,7 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.AsyncClient(timeout=timeout, headers=headers, limits=httpx.Limits(max_connections=None))
 
-    async def __aenter__(self) -> Endpoint:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

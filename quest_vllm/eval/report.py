@@ -118,7 +118,7 @@ def render(plan: Plan, summary: Mapping[str, Any]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _columns(rows: Iterable[Sequence[str]]) -> str:
+def columns(rows: Iterable[Sequence[str]]) -> str:
     """Rows aligned: the first column to the left, the others to the right."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -148,7 +148,7 @@ def _score_table(plan: Plan, summary: Mapping[str, Any], mode: str) -> str:
         f"\ndense itself scores below {BLIND} somewhere, so no loss can show there: {', '.join(blind)}" if blind else ""
     )
     title = f"Score, {MODE_TITLES[mode]}; ! worse than dense by more than the 95% interval"
-    return f"{title}\n{_columns([['task', 'context', *map(budget_name, plan.budgets)], *rows])}{note}"
+    return f"{title}\n{columns([['task', 'context', *map(budget_name, plan.budgets)], *rows])}{note}"
 
 
 def _score(cell: Record | None) -> str:
@@ -180,7 +180,7 @@ def _change_table(summary: Mapping[str, Any], mode: str) -> str:
     if not rows:
         return ""
     head = ["context", "budget", "score", "change from dense [95%]", "same text as dense [95%]"]
-    return f"Mean over tasks, {MODE_TITLES[mode]}\n{_columns([head, *rows])}"
+    return f"Mean over tasks, {MODE_TITLES[mode]}\n{columns([head, *rows])}"
 
 
 def _text_table(summary: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ def _text_table(summary: Mapping[str, Any]) -> str:
     ]
     head = ["context", "budget", "NLL", "change from dense [95%]", "KL to dense [95%]", "same top token"]
     title = "Running text, teacher-forced (nats a token); dense's KL: a second dense run"
-    return f"{title}\n{_columns([head, *rows])}" if rows else ""
+    return f"{title}\n{columns([head, *rows])}" if rows else ""
 
 
 def _agreement_table(summary: Mapping[str, Any]) -> str:
@@ -208,4 +208,4 @@ def _agreement_table(summary: Mapping[str, Any]) -> str:
         if cell["task"] == CONTINUATION and "agreement" in cell
     ]
     head = ["context", "budget", "same text as dense [95%]"]
-    return f"Greedy continuation of running text\n{_columns([head, *rows])}" if rows else ""
+    return f"Greedy continuation of running text\n{columns([head, *rows])}" if rows else ""

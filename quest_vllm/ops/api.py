@@ -41,8 +41,9 @@ class LayerShape:
 class Ops:
     """The operations of one implementation, with the signatures of :mod:`quest_vllm.ops.reference`.
 
-    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``write_kv``, where there is one,
-    stores keys and values and updates the summaries in one launch (see :func:`quest_vllm.ops.cuda.write_kv`).
+    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``kv_writer``, where there is
+    one, makes what stores keys and values and updates the summaries in one launch (see
+    :class:`quest_vllm.ops.cuda.KvWriter`).
     """
 
     name: str
@@ -51,7 +52,7 @@ class Ops:
     select_pages: Callable[..., torch.Tensor]
     sparse_paged_attention: Callable[..., torch.Tensor]
     quest_decode: Callable[..., torch.Tensor]
-    write_kv: Callable[..., None] | None = None
+    kv_writer: Callable[..., Callable[..., None]] | None = None
 
 
 def compose(
@@ -62,7 +63,8 @@ def compose(
     """Return ``quest_decode``: the composition of the three operations.
 
     Its positional arguments are ``query``, ``key_cache``, ``value_cache``, ``summaries``, ``block_table``, ``seq_lens``
-    and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it.
+    and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it (or
+    to the pages that hold ``top_p`` of its mass, where that is given).
     Returns ``out``, ``[num_reqs, num_q_heads, head_dim]``, made when None.
     """
 
@@ -83,14 +85,17 @@ def compose(
         page_summary: str = "min_max",
         sink_pages: int = 1,
         recent_pages: int = 2,
+        top_p: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
         scores = score_pages(query, summaries, *rows, page_size=page_size, page_summary=page_summary, **scoring)
-        forced = {"sink_pages": sink_pages, "recent_pages": recent_pages}
+        options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, "page_size": page_size}
+        if top_p is not None:
+            options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale)}
         width = block_table.shape[1] * summaries.shape[2]
-        selected = select_pages(scores, seq_lens, page_budgets, page_size=page_size, max_page_budget=width, **forced)
+        selected = select_pages(scores, seq_lens, page_budgets, max_page_budget=width, **options)
         attended = sparse_paged_attention(
             query, key_cache, value_cache, *rows, selected, page_size=page_size, scale=scale, softcap=softcap
         )
@@ -102,7 +107,7 @@ def compose(
 def _from_module(name: str, module: Any) -> Ops:
     stages = (module.score_pages, module.select_pages, module.sparse_paged_attention)
     fused = getattr(module, "quest_decode", None) or compose(*stages)
-    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "write_kv", None))
+    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "KvWriter", None))
 
 
 def _eager(name: str, module: Any, kv_format: str) -> Ops:
@@ -155,7 +160,7 @@ def _auto(device_type: str, *settings: Any) -> Ops:
     try:
         return load_ops(fast, device_type, *settings)
     except ImplementationUnavailable as error:
-        logger.warning("quest_vllm: no C++ kernels (%s); using %s%s", error, portable, slow)
+        logger.warning("quest_vllm: no fast kernels (%s); using %s%s", error, portable, slow)
         return load_ops(portable, device_type, *settings)
 
 

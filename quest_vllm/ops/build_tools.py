@@ -26,9 +26,12 @@ class KernelsUnavailable(QuestError, RuntimeError):
 
 
 def source_dir(name: str) -> Path:
-    """Return ``csrc/<name>``: beside the package in a checkout, inside it in an installed wheel."""
+    """Return ``csrc/<name>``: inside the package in an installed wheel, beside it in a checkout.
+
+    The wheel's own goes first: another package may leave a folder called ``csrc`` in site-packages.
+    """
     package = Path(__file__).resolve().parent.parent
-    candidates = (package.parent / "csrc" / name, package / "_csrc" / name)
+    candidates = (package / "_csrc" / name, package.parent / "csrc" / name)
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
@@ -36,8 +39,14 @@ def source_dir(name: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds built libraries."""
-    return Path(os.environ.get("QUEST_VLLM_CACHE") or Path.home() / ".cache" / "quest_vllm")
+    """Return the folder that holds built libraries. Raises :class:`KernelsUnavailable` for a user without a home."""
+    named = os.environ.get("QUEST_VLLM_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "quest_vllm"
+    except RuntimeError as error:  # no HOME, and a user id that has no passwd entry
+        raise KernelsUnavailable(f"QUEST_VLLM_CACHE: expected a folder for libraries, got none; {error}") from None
 
 
 def log_progress(line: str) -> None:
@@ -74,5 +83,8 @@ def build_once(target: Path, make: Callable[[], None]) -> Path:
             if not target.is_file():
                 make()
     except OSError as error:
-        raise KernelsUnavailable(f"cannot write the library to {target.parent}: {error}") from error
+        raise KernelsUnavailable(
+            f"cannot write the library to {target.parent}: {error}; set QUEST_VLLM_CACHE to a folder that can be "
+            "written, or build into it beforehand with `python -m quest_vllm.ops.cpu_build` (GPU: cuda_build)"
+        ) from error
     return target

@@ -101,10 +101,12 @@ def select_pages(
     sink_pages: int = 1,
     recent_pages: int = 2,
     max_page_budget: int,
+    top_p: torch.Tensor | None = None,
+    mass_scale: float = 1.0,
 ) -> torch.Tensor:
     """Choose each row's pages: ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded."""
     selected: torch.Tensor = load().select_pages(
-        page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget
+        page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget, top_p, mass_scale
     )
     return selected
 

@@ -21,6 +21,7 @@ from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, Decode
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
 ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
+MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
 
@@ -47,11 +48,12 @@ def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
 
 def prepare(head_dim: int) -> None:
     """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
-    library = load(head_dim)
-    for name in ("quest_prepare", "quest_prepare_write"):
-        error = getattr(library, name)()
-        if error:
-            raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
+    for warps, sources in cuda_build.variants(head_dim).items():
+        library = load(head_dim, warps)
+        for name in ("quest_prepare", "quest_prepare_write")[: len(sources)]:
+            error = getattr(library, name)()
+            if error:
+                raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
 
 
 def check_device() -> None:
@@ -116,13 +118,45 @@ class _Shape:
     max_pages: int
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int = 8) -> None:
+@functools.cache
+def _resident_clusters(head_dim: int, warps: int, rows: int, cluster_size: int, plane_pages: int) -> int:
+    """How many clusters of a launch the current GPU runs at a time: less than its SMs over the CTAs of a cluster."""
+    params = DecodeParams(
+        rows=rows,
+        cluster_size=cluster_size,
+        plane_pages=plane_pages,
+        num_reqs=1,
+        num_select_heads=1,
+        reduction=REDUCTIONS["max"],
+    )
+    library, resident = load(head_dim, warps), ctypes.c_int()
+    error = library.quest_resident_clusters(ctypes.byref(params), ctypes.byref(resident))
+    if error:
+        raise RuntimeError(f"quest_resident_clusters: {library.quest_error_string(error).decode()}")
+    return resident.value
+
+
+def _default_warps(params: DecodeParams, shape: _Shape) -> int:
+    """16 warps a CTA read faster than 8, where all clusters find their SMs at once; else twice the CTAs do better."""
+    if shape.rows > 8 or 16 not in cuda_build.variants(shape.head_dim):
+        return 8
+    planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
+    pages = 0 if params.score_scratch else planes * params.plane_pages
+    clusters = shape.num_reqs * shape.num_select_heads
+    fits = clusters <= _resident_clusters(shape.head_dim, 16, shape.rows, params.cluster_size, pages)
+    return 16 if fits else 8
+
+
+def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int | None = None) -> None:
     """Launch with the scores where they fit."""
     alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
-    # keeps the scratch alive until the launch is queued; the allocator reuses it in stream order
+    # keeps the scratches alive until the launch is queued; the allocator reuses them in stream order
     scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
-    _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
-    del scratch
+    size = (shape.num_reqs, shape.num_select_heads, shape.max_pages + MAX_CLUSTER)
+    listed = torch.empty(size, dtype=torch.int32, device=query.device)
+    params.listed = listed.data_ptr()
+    _launch("quest_decode", shape.head_dim, params, query.dtype, warps or _default_warps(params, shape))
+    del scratch, listed
 
 
 def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
@@ -136,11 +170,12 @@ def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
 def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
-    share = max(SMALLEST_SHARE, -(-shape.max_pages // params.cluster_size))
-    params.shared_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    if 4 * planes * params.shared_pages <= room:
+    share = max(SMALLEST_SHARE, shape.max_pages // params.cluster_size + 1)
+    params.plane_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
+    if 4 * planes * params.plane_pages <= room:
         return None
-    size = (shape.num_reqs, shape.num_select_heads, planes, shape.max_pages)
+    params.plane_pages = -(-shape.max_pages // 8) * 8 + 16 * MAX_CLUSTER  # each CTA's part is rounded up
+    size = (shape.num_reqs, shape.num_select_heads, planes, params.plane_pages)
     scratch = torch.empty(size, dtype=torch.float32, device=device)
     params.score_scratch = scratch.data_ptr()
     return scratch
@@ -184,7 +219,6 @@ def _common(
         page_shift=page_size.bit_length() - 1,
         block_shift=pages_per_block.bit_length() - 1,
         max_pages=shape.max_pages,
-        selected_width=shape.max_pages,
         bound_radius=1.0,
         scale=1.0,
         cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
@@ -227,18 +261,18 @@ def quest_decode(
     sink_pages: int = 1,
     recent_pages: int = 2,
     out: torch.Tensor | None = None,
-    selected: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
-    warps: int = 8,
+    warps: int | None = None,
 ) -> torch.Tensor:
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
-    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``selected`` (``[num_reqs,
-    num_select_heads, max_pages]`` int32, made when None) receives the pages of the rows that choose, unpadded;
-    ``timeline`` (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends.
-    ``warps`` of a CTA: 8, or 16 for one CTA an SM (head_dim up to 128, at most 8 query heads a selection).
+    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``chosen`` (zeros ``[num_reqs,
+    num_select_heads, max_pages]`` uint8) receives a 1 for each page of the rows that choose; ``timeline`` (``[num_reqs,
+    num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
+    (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
     params, shape = _common(
         query,
@@ -255,10 +289,8 @@ def quest_decode(
         return out
     _set_caches(params, key_cache, value_cache, query.dtype)
     _set_summaries(params, summaries, query.dtype)
-    if selected is None:
-        size = (shape.num_reqs, shape.num_select_heads, shape.max_pages)
-        selected = torch.empty(size, dtype=torch.int32, device=query.device)
-    params.selected, params.out = selected.data_ptr(), out.data_ptr()
+    _check_rows(out, "out", query.dtype)
+    params.chosen, params.out = None if chosen is None else chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.timeline = None if timeline is None else timeline.data_ptr()
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
@@ -309,19 +341,37 @@ def select_pages(
     """Run the selection stage alone; see :func:`quest_vllm.ops.reference.select_pages`."""
     num_reqs, heads, max_pages = page_scores.shape
     device = page_scores.device
-    selected = torch.full((num_reqs, heads, max_page_budget), -1, dtype=torch.int32, device=device)
-    if selected.numel() == 0:
-        return selected
+    chosen = torch.zeros(num_reqs, heads, max_pages, dtype=torch.uint8, device=device)
+    if chosen.numel() == 0 or max_page_budget == 0:
+        return torch.full((num_reqs, heads, max_page_budget), -1, dtype=torch.int32, device=device)
     head_dim = cuda_build.HEAD_DIMS[0]  # the stage reads no key
     query = torch.zeros(num_reqs, heads, head_dim, dtype=torch.bfloat16, device=device)
     cache = query.new_zeros(1, heads, page_size, head_dim)
     table = torch.zeros(num_reqs, max_pages, dtype=torch.int32, device=device)
-    params, shape = _common(query, cache, table, seq_lens, page_budgets, False, page_size, cluster_size)
+    budgets = page_budgets.clamp(max=max_page_budget)
+    params, shape = _common(query, cache, table, seq_lens, budgets, False, page_size, cluster_size)
     scores = page_scores.contiguous()
-    params.scores, params.selected, params.stages = scores.data_ptr(), selected.data_ptr(), SELECT
-    params.selected_width, params.sink_pages, params.recent_pages = max_page_budget, sink_pages, recent_pages
+    params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
+    params.sink_pages, params.recent_pages = sink_pages, recent_pages
     _launch_decode(params, shape, query)
-    return selected
+    return _as_list(chosen, max_page_budget)
+
+
+def _as_list(chosen: torch.Tensor, width: int) -> torch.Tensor:
+    """Flags ``[..., max_pages]`` as ascending page numbers ``[..., width]`` int32, -1 padded."""
+    max_pages = chosen.shape[-1]
+    pages = torch.arange(max_pages, dtype=torch.int32, device=chosen.device).expand(chosen.shape)
+    ascending = pages.masked_fill(chosen == 0, max_pages).sort(dim=-1).values[..., :width]
+    ascending = torch.nn.functional.pad(ascending, (0, width - ascending.shape[-1]), value=max_pages)
+    return ascending.masked_fill(ascending == max_pages, -1)
+
+
+def _as_flags(selected_pages: torch.Tensor, max_pages: int) -> torch.Tensor:
+    """The inverse of :func:`_as_list`; entries below 0 are skipped."""
+    size = (*selected_pages.shape[:-1], max_pages + 1)  # the last place takes what is skipped
+    flags = torch.zeros(size, dtype=torch.uint8, device=selected_pages.device)
+    places = torch.where(selected_pages < 0, max_pages, selected_pages).long()
+    return flags.scatter_(-1, places, 1)[..., :max_pages].contiguous()
 
 
 def sparse_paged_attention(
@@ -346,54 +396,39 @@ def sparse_paged_attention(
     per_query_head = selected_pages.shape[1] == query.shape[1]
     params, shape = _common(query, key_cache, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
     _set_caches(params, key_cache, value_cache, query.dtype)
-    selected = selected_pages.contiguous()
-    params.selected, params.selected_width, params.out = selected.data_ptr(), width, out.data_ptr()
+    chosen = _as_flags(selected_pages, shape.max_pages)
+    params.chosen, params.out = chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.stages, params.scale, params.softcap = ATTEND, scale, softcap
     _launch_decode(params, shape, query)
     return out
 
 
-def summary_params(
-    key_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
-    value_cache: torch.Tensor | None = None,
+def _cache_params(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, page_size: int
 ) -> WriteParams:
-    """Parameters of a launch that refreshes summaries and stores nothing; ``value_cache`` for those who add to it."""
     check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
-    _check_index(slot_mapping, "slot_mapping", torch.int64)
     params = WriteParams(
-        slot_mapping=slot_mapping.data_ptr(),
-        num_tokens=slot_mapping.shape[0],
         num_kv_heads=key_cache.shape[1],
         page_shift=page_size.bit_length() - 1,
         block_shift=key_cache.shape[2].bit_length() - 1,
     )
     _set_summaries(params, summaries, key_cache.dtype)
-    _set_caches(params, key_cache, key_cache if value_cache is None else value_cache, key_cache.dtype)
+    _set_caches(params, key_cache, value_cache, key_cache.dtype)
     return params
 
 
-def write_params(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
+def _set_slots(params: WriteParams, slot_mapping: torch.Tensor) -> None:
+    _check_index(slot_mapping, "slot_mapping", torch.int64)
+    params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
+
+
+def summary_params(
+    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
 ) -> WriteParams:
-    """Parameters of :func:`write_kv`."""
-    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size, value_cache=value_cache)
-    _check_rows(key, "key", key_cache.dtype)
-    _check_rows(value, "value", key_cache.dtype)
-    params.key, params.value = key.data_ptr(), value.data_ptr()
-    params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
-    params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+    """Parameters of a launch that refreshes summaries and stores nothing."""
+    params = _cache_params(key_cache, key_cache, summaries, page_size)
+    _set_slots(params, slot_mapping)
     return params
 
 
@@ -408,20 +443,34 @@ def update_page_summaries(
     _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 
 
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    summaries: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    page_size: int,
-) -> None:
-    """Store ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]`` and refresh the summaries, in one launch.
+class KvWriter:
+    """Stores keys and values into one layer's cache and refreshes the summaries, in one launch a call.
 
-    Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
-    :func:`update_page_summaries`.
+    What depends on the cache alone is worked out once: in an eager step every microsecond of Python counts. Caches and
+    summaries as for :func:`quest_vllm.ops.reference.update_page_summaries`, ``value_cache`` like ``key_cache``.
     """
-    params = write_params(key, value, key_cache, value_cache, summaries, slot_mapping, page_size=page_size)
-    _launch("quest_write_kv", key_cache.shape[3], params, key.dtype)
+
+    def __init__(
+        self, key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, *, page_size: int
+    ) -> None:
+        self._params = _cache_params(key_cache, value_cache, summaries, page_size)
+        self._head_dim, self._dtype = key_cache.shape[3], key_cache.dtype
+
+    def fill(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> WriteParams:
+        """Parameters of the next launch, valid until the next call."""
+        params = self._params
+        _check_rows(key, "key", self._dtype)
+        _check_rows(value, "value", self._dtype)
+        _set_slots(params, slot_mapping)
+        params.key, params.value = key.data_ptr(), value.data_ptr()
+        params.key_token_stride, params.key_head_stride_in = key.stride()[:2]
+        params.value_token_stride, params.value_head_stride_in = value.stride()[:2]
+        return params
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store ``key`` and ``value`` ``[num_tokens, num_kv_heads, head_dim]``.
+
+        Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
+        :func:`update_page_summaries`.
+        """
+        _launch("quest_write_kv", self._head_dim, self.fill(key, value, slot_mapping), self._dtype, 8)

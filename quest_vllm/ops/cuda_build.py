@@ -22,14 +22,14 @@ from quest_vllm.ops import build_tools
 from quest_vllm.ops.build_tools import KernelsUnavailable, Progress
 
 HEAD_DIMS = (64, 128, 256)
-SOURCES = {8: ("quest_decode.cu", "write_kv.cu"), 16: ("quest_decode.cu",)}  # by warps a CTA
+_SOURCES = {8: ("quest_decode.cu", "write_kv.cu"), 16: ("quest_decode.cu",)}  # by warps a CTA
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a")
 _LINK_FLAGS = ("-shared", "-cudart=static", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
-def variants(head_dim: int) -> list[int]:
-    """Numbers of warps for which ``head_dim`` is built."""
-    return [8, 16] if head_dim <= 128 else [8]
+def variants(head_dim: int) -> dict[int, tuple[str, ...]]:
+    """Numbers of warps of a CTA for which ``head_dim`` is built, and from which files."""
+    return {warps: names for warps, names in _SOURCES.items() if warps == 8 or head_dim <= 128}
 
 
 def library_path(head_dim: int, warps: int = 8) -> Path:
@@ -69,7 +69,7 @@ def build(head_dim: int, warps: int = 8, progress: Progress | None = None) -> Pa
         folder = build_tools.source_dir("cuda")
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             linked = Path(scratch) / target.name
-            sources = [str(folder / name) for name in SOURCES[warps]]
+            sources = [str(folder / name) for name in _SOURCES[warps]]
             options = [*FLAGS, *_LINK_FLAGS, f"-DQUEST_HEAD_DIM={head_dim}", f"-DQUEST_WARPS={warps}"]
             build_tools.run_compiler([*find_nvcc(), *options, *sources, "-o", str(linked)])
             linked.replace(target)  # atomic: nobody sees half a library

@@ -17,15 +17,15 @@ class DecodeParams(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets"),
-        *_fields(ctypes.c_void_p, "scores score_scratch selected out timeline"),
+        *_fields(ctypes.c_void_p, "scores score_scratch listed chosen out timeline"),
         *_fields(ctypes.c_int64, "query_req_stride query_head_stride"),
         *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
         *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
         *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
         *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride"),
         *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
-        *_fields(ctypes.c_int32, "page_shift block_shift max_pages selected_width"),
-        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size shared_pages"),
+        *_fields(ctypes.c_int32, "page_shift block_shift max_pages"),
+        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size plane_pages"),
         *_fields(ctypes.c_float, "bound_radius scale softcap"),
     ]
 

@@ -52,13 +52,14 @@ def split_pairs(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quarters[..., 0, :].flatten(-2), quarters[..., 1, :].flatten(-2)
 
 
-def _one_nan(values: torch.Tensor) -> torch.Tensor:
-    """The positive one for every NaN, so that bytes can be compared."""
-    return torch.where(values.isnan(), float("nan"), values)
-
-
 def _to_fp8(values: torch.Tensor) -> torch.Tensor:
-    return _one_nan(values.clamp(-FP8_MAX, FP8_MAX)).to(torch.float8_e4m3fn)
+    return torch.where(values.isnan(), float("nan"), values.clamp(-FP8_MAX, FP8_MAX)).to(torch.float8_e4m3fn)
+
+
+def _to_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """With one NaN, so that bytes can be compared."""
+    quiet = torch.tensor(0x7FC0, dtype=torch.int16, device=values.device).view(torch.bfloat16)
+    return torch.where(values.isnan(), quiet, values.bfloat16())
 
 
 def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     second = second_high - second_low > first_high - first_low  # [..., D / 2]
     low = torch.where(second, second_low, first_low)
     step = _to_fp8((torch.where(second, second_high, first_high) - low) * 0.25)
-    base = _one_nan(low + step.float() * 0.5).bfloat16()
+    base = _to_bfloat16(low + step.float() * 0.5)
     rest = _to_fp8((torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)) * 0.5)
     coded = torch.where(second[..., None, :], *reversed(split_pairs(keys)))  # [..., 16, D / 2]
     levels = (coded - base.float()[..., None, :]) / step.float()[..., None, :]

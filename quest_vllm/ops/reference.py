@@ -197,7 +197,7 @@ def select_pages(
     recent_pages: int = 2,
     max_page_budget: int,
     top_p: torch.Tensor | None = None,
-    page_floors: torch.Tensor | None = None,
+    mass_scale: float = 1.0,
 ) -> torch.Tensor:
     """Choose the ``min(page_budget, pages)`` best pages of each row; sink and recent pages are always among them.
 
@@ -205,10 +205,11 @@ def select_pages(
     sinks. Equal scores go to the lower page index; NaN ranks as +inf. Returns
     ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded.
 
-    ``top_p`` ``[num_reqs]`` float32 lets each row and head take fewer: pages are taken in that order until their share
-    of the estimated mass reaches it, at least ``page_floors`` ``[num_reqs]`` int32 (None: 0) and the forced pages, at
-    most the budget. Only for scores that are logs of mass (``group_reduction="mass"``). At 1 or above, and where a
-    share is NaN, the budget is spent.
+    ``top_p`` ``[num_reqs]`` float32 lets each row and head take fewer: pages are taken in that order, the forced ones
+    first, until they hold ``top_p`` of the estimated mass of all the pages that the budget would have taken. A page's
+    estimated mass is ``exp(mass_scale * score)``: ``mass_scale`` is the attention's scale, and 1 for scores that are
+    logs of mass already (:func:`mass_scale_of`). At ``top_p`` 1 or above, and where the mass of a taken page is not
+    finite, the budget is spent.
     """
     num_reqs, num_heads, max_pages = page_scores.shape
     device = page_scores.device
@@ -226,10 +227,9 @@ def select_pages(
     ranked = by_score.gather(-1, by_tier)[..., :max_page_budget]
     take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)  # [num_reqs, 1]
     if top_p is not None:
-        forced = (tier[:, 0] > 0).sum(dim=-1, keepdim=True)
-        floor = forced if page_floors is None else torch.maximum(forced, page_floors.long()[:, None])
-        needed = _pages_for_mass(page_scores.masked_fill(tier < 0, float("-inf")), ranked, top_p)
-        take = torch.minimum(torch.maximum(needed, floor), take)  # [num_reqs, num_heads]
+        forced = torch.minimum((tier[:, 0] > 0).sum(dim=-1, keepdim=True), take)
+        needed = _pages_for_mass(page_scores.gather(-1, ranked) * mass_scale, take, top_p)
+        take = torch.maximum(needed, forced)  # [num_reqs, num_heads]
     kept = torch.arange(ranked.shape[-1], device=device)[None, None, :] < take[:, :, None]
     ascending = torch.where(kept, ranked, max_pages).sort(dim=-1).values
     selected = torch.full((num_reqs, num_heads, max_page_budget), -1, dtype=torch.int32, device=device)
@@ -237,13 +237,25 @@ def select_pages(
     return selected
 
 
-def _pages_for_mass(log_mass: torch.Tensor, ranked: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """How many of ``ranked`` reach ``top_p`` of the mass, ``[num_reqs, num_heads]``; all of them where none does."""
-    share = log_mass.softmax(dim=-1).gather(-1, ranked).cumsum(dim=-1)
-    wanted = top_p.to(share.dtype)[:, None, None]
-    reached = (share >= wanted) & (wanted < 1)
-    index = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
-    return torch.where(reached, index, ranked.shape[-1]).amin(dim=-1)
+def _pages_for_mass(ranked_log_mass: torch.Tensor, take: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """How many of the first ``take`` ranked pages hold ``top_p`` of their mass: ``[num_reqs, num_heads]``.
+
+    ``ranked_log_mass`` is ``[num_reqs, num_heads, ranks]``, ``take`` ``[num_reqs, 1]``.
+    """
+    index = torch.arange(1, ranked_log_mass.shape[-1] + 1, device=take.device)
+    in_budget = index <= take[:, :, None]
+    share = ranked_log_mass.double().masked_fill(~in_budget, float("-inf")).softmax(dim=-1).cumsum(dim=-1)
+    wanted = top_p.double()[:, None, None]
+    reached = in_budget & (share >= wanted) & (wanted < 1)
+    return torch.where(reached, index, take[:, :, None]).amin(dim=-1) if len(index) else take
+
+
+def mass_scale_of(group_reduction: str, scale: float) -> float:
+    """What a score of ``group_reduction`` is multiplied by to be the log of an estimated mass.
+
+    ``scale`` is the attention's.
+    """
+    return 1.0 if group_reduction == "mass" else scale
 
 
 def sparse_paged_attention(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from quest_vllm.ops.api import Ops
+from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.policies.base import DecodeStep
 
 
@@ -14,12 +15,14 @@ from quest_vllm.policies.base import DecodeStep
 class BoundPolicy:
     """``ops``' own scores and selection. ``group_reduction="max"``, ``bound_radius=1.0`` is the original Quest's score.
 
-    Reads every summary once, and the keys and values of the selected pages.
+    Reads every summary once, and the keys and values of the selected pages: with ``top_p`` below 1 as few of the budget
+    as hold that share of its estimated mass.
     """
 
     ops: Ops
     group_reduction: str = "max"
     bound_radius: float = 1.0
+    top_p: float = 1.0
 
     def scores(self, step: DecodeStep) -> torch.Tensor:
         """``page_scores [num_reqs, num_score_heads, max_pages]`` float32."""
@@ -36,15 +39,21 @@ class BoundPolicy:
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
-        return select(self.ops, self.scores(step), step)
+        return select(self.ops, self.scores(step), step, self.top_p, mass_scale_of(self.group_reduction, step.scale))
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
-        """See :class:`quest_vllm.policies.base.PagePolicy`; of a query head where each selects its own pages."""
+        """See :class:`quest_vllm.policies.base.PagePolicy`; of a query head where each selects its own pages.
+
+        With ``top_p`` an upper limit.
+        """
         return num_pages * summary_bytes + min(num_pages, page_budget) * page_bytes
 
 
-def select(ops: Ops, page_scores: torch.Tensor, step: DecodeStep) -> torch.Tensor:
-    """The step's budgets and forced pages applied to ``page_scores``."""
+def select(
+    ops: Ops, page_scores: torch.Tensor, step: DecodeStep, top_p: float = 1.0, mass_scale: float = 1.0
+) -> torch.Tensor:
+    """The step's budgets and forced pages, and one ``top_p`` for all rows, applied to ``page_scores``."""
+    adaptive = {"top_p": torch.full(step.seq_lens.shape, top_p), "mass_scale": mass_scale} if top_p < 1 else {}
     return ops.select_pages(
         page_scores,
         step.seq_lens,
@@ -53,4 +62,5 @@ def select(ops: Ops, page_scores: torch.Tensor, step: DecodeStep) -> torch.Tenso
         sink_pages=step.sink_pages,
         recent_pages=step.recent_pages,
         max_page_budget=step.max_page_budget,
+        **adaptive,
     )

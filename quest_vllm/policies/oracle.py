@@ -38,9 +38,13 @@ def page_mass(step: DecodeStep, row: int, pages: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OraclePolicy:
-    """Exact page mass, summed over the query heads of a group: what a better estimate can reach with one selection."""
+    """Exact page mass, summed over the query heads of a group: what a better estimate can reach with one selection.
+
+    ``top_p`` below 1 takes as few of the budget's pages as hold that share of their mass.
+    """
 
     ops: Ops
+    top_p: float = 1.0
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
@@ -50,7 +54,7 @@ class OraclePolicy:
         for row, count in enumerate(num_pages(step.seq_lens, step.page_size).tolist()):
             pages = torch.arange(count, device=scores.device).expand(num_kv_heads, count)
             scores[row, :, :count] = page_mass(step, row, pages)
-        return select(self.ops, scores, step)
+        return select(self.ops, scores, step, self.top_p)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
         """See :class:`quest_vllm.policies.base.PagePolicy`: every key, and the values of the selected pages."""

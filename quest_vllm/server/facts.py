@@ -17,7 +17,7 @@ def set_vllm_config(vllm_config: Any) -> None:
 
 
 def one_token_a_step() -> bool:
-    """Whether every decode step yields one token. Under speculation it may yield several, and rows stay dense."""
+    """Whether every decode step yields one token. Under speculation it may yield several."""
     return getattr(_vllm_config, "speculative_config", None) is None
 
 
@@ -39,6 +39,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "dense_allowed": config.broken_limit(0) is None,
             "override_allowed": config.allow_override,
         },
+        "top_p": {"default": config.top_p, "adaptive": limits.adaptive},
         "aliases": dict(config.aliases),
         "page_size": config.page_size,
         "policy": {

@@ -1,8 +1,9 @@
 """What a request says about sparse attention, merged into the one place that vLLM carries to the worker.
 
 Three ways to name a budget: ``"sparse_attention": {"token_budget": 1024}``, ``"vllm_xargs": {"quest_token_budget":
-1024}``, and a model name that ends in an alias. They may agree, they may not differ. The body is rewritten only where
-the object or an alias is in it. ``vllm_xargs`` is checked here too, although our logits processor does it again: vLLM
+1024}``, and a model name that ends in an alias. They may agree, they may not differ; ``top_p`` has the first two. The
+body is rewritten only where the object or an alias is in it, or a top_p below 1 in force: the worker then counts under
+a number that goes along. ``vllm_xargs`` is checked here too, although our logits processor does it again: vLLM
 types its values as str, int, float or list, so it would turn ``false`` into 0 (dense!), ``true`` into 1, and answer
 ``null`` without naming the range; and some of its routes log a traceback for every value refused so late.
 """
@@ -12,16 +13,17 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quest_vllm.budget import ABSENT, XARG, BudgetLimits, shown
+from quest_vllm.budget import ABSENT, TOP_P_XARG, XARG, BudgetLimits, shown
 from quest_vllm.errors import QuestValueError
 from quest_vllm.server.asgi import Refusal
 from quest_vllm.server.guards import refuse_crashing
+from quest_vllm.tally import TALLY_XARG, new_tally
 
 OBJECT = "sparse_attention"
 XARGS = "vllm_xargs"
@@ -42,6 +44,16 @@ class SparseAttention(BaseModel):
         ),
         examples=[1024],
     )
+    top_p: float = Field(
+        default_factory=float,
+        gt=0,
+        le=1,
+        description=(
+            "Share of the estimated attention mass of the budget's pages after which a KV head stops taking more, in "
+            "each layer and step. 1: the whole budget. Without it, the server's default."
+        ),
+        examples=[0.95],
+    )
 
 
 @dataclass(frozen=True)
@@ -51,13 +63,17 @@ class Asked:
     ``budget``: a legal budget in tokens, :data:`~quest_vllm.budget.ABSENT` if none is named. ``model``: the aliased
     name to answer with, or None.
     ``one_sequence``: one prompt, one answer, one generation. ``countable``: whether several sequences can be told apart
-    by the token ids of their choices.
+    by the token ids of their choices. ``request_id``: the body's own name for the request, or None. ``top_p`` is the
+    one in force; ``tally``: the number under which the worker counts where that is below 1; 0: none.
     """
 
     budget: object = ABSENT
     model: str | None = None
     one_sequence: bool = False
     countable: bool = False
+    request_id: str | None = None
+    top_p: float = 1.0
+    tally: int = 0
 
 
 def read_request(body: bytes, limits: BudgetLimits, served: Collection[str] | None = None) -> tuple[bytes, Asked]:
@@ -84,22 +100,34 @@ def _merge(request: dict[str, Any], limits: BudgetLimits, served: Collection[str
     """Merge in place; also returns whether anything changed."""
     _refuse_near_miss(request)
     named: dict[str, object] = {}
+    shares: dict[str, object] = {}
     model, alias = request.get("model"), _alias(request.get("model"), limits, served)
     changed = OBJECT in request or alias is not None
     if alias is not None:
         request["model"], named[f"model {shown(model)}"] = alias
     if OBJECT in request:
         given = parse_object(request.pop(OBJECT), limits)
-        named |= {f"{OBJECT}.{key}": value for key, value in given.items()}
+        for key, into in (("token_budget", named), ("top_p", shares)):
+            if key in given:
+                into[f"{OBJECT}.{key}"] = given[key]
     xargs = request.get(XARGS)
     if isinstance(xargs, dict) and XARG in xargs:
-        named[f"{XARGS}.{XARG}"] = _checked(xargs[XARG], limits, f"{XARGS}.{XARG}")
-    budget = _agreed(named)
+        named[f"{XARGS}.{XARG}"] = _checked(limits.parse, xargs[XARG], f"{XARGS}.{XARG}")
+    if isinstance(xargs, dict) and TOP_P_XARG in xargs:
+        shares[f"{XARGS}.{TOP_P_XARG}"] = _checked(limits.parse_top_p, xargs[TOP_P_XARG], f"{XARGS}.{TOP_P_XARG}")
+    budget, share = _agreed(named, "budget"), _agreed(shares, "top_p")
+    top_p = limits.parse_top_p(share)
+    tally = new_tally() if top_p < 1 else 0
+    added = {XARG: budget, TOP_P_XARG: share, TALLY_XARG: tally or ABSENT}
+    added = {key: value for key, value in added.items() if value is not ABSENT}
     # any other vllm_xargs is for vLLM to refuse
-    if budget is not ABSENT and (xargs is None or isinstance(xargs, dict)):
-        request[XARGS] = {**(xargs or {}), XARG: budget}
+    if added and (xargs is None or isinstance(xargs, dict)):
+        request[XARGS] = {**(xargs or {}), **added}
     one, several = _is_one_sequence(request), not _is_opaque(request)
-    return Asked(budget, model if alias is not None else None, one, several), changed
+    name = request.get("request_id")
+    own_name = name if isinstance(name, str) else None
+    served_model = model if alias is not None else None
+    return Asked(budget, served_model, one, several, own_name, top_p, tally), changed or tally > 0
 
 
 def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
@@ -113,7 +141,9 @@ def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
             message = f"{OBJECT}: unknown key {shown(key)}; did you mean {near!r}? Known keys: {', '.join(known)}"
             raise Refusal(400, f"{OBJECT}.{key[:64]}", message)
     if "token_budget" in value:
-        _checked(value["token_budget"], limits, f"{OBJECT}.token_budget")
+        _checked(limits.parse, value["token_budget"], f"{OBJECT}.token_budget")
+    if "top_p" in value:
+        _checked(limits.parse_top_p, value["top_p"], f"{OBJECT}.top_p")
     try:
         return SparseAttention.model_validate(value).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -122,9 +152,9 @@ def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
         raise Refusal(400, field, f"{field}: {first['msg']}, got {shown(first['input'])}") from None
 
 
-def _checked(value: object, limits: BudgetLimits, field: str) -> int:
+def _checked(parse: Callable[[object, str], float], value: object, field: str) -> float:
     try:
-        return limits.parse(value, field)
+        return parse(value, field)
     except QuestValueError as error:
         raise Refusal(400, field, str(error)) from None
 
@@ -148,15 +178,15 @@ def _alias(model: object, limits: BudgetLimits, served: Collection[str] | None) 
     return name, budget
 
 
-def _agreed(named: Mapping[str, object]) -> object:
-    """The budget that all sources name; ABSENT without any. Raises :class:`Refusal` where two differ."""
+def _agreed(named: Mapping[str, object], what: str) -> object:
+    """The ``what`` that all sources name; ABSENT without any. Raises :class:`Refusal` where two differ."""
     first: object = ABSENT
     source = ""
     for field, value in named.items():
         if first is ABSENT:
             first, source = value, field
         elif type(value) is not type(first) or value != first:
-            message = f"{field}: expected the same budget as {source}, {shown(first)}, or none; got {shown(value)}"
+            message = f"{field}: expected the same {what} as {source}, {shown(first)}, or none; got {shown(value)}"
             raise Refusal(400, field, message)
     return first
 

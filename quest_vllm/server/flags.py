@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from quest_vllm.config import ENV_PREFIX, load_config
+from quest_vllm.exit_codes import help_text
 
 PAGE_MIDDLEWARE = ["--middleware", "quest_vllm.page.routes.QuestPage"]
 PREFIXES = ("--quest-", "--no-quest-")
@@ -16,7 +17,13 @@ PREFIXES = ("--quest-", "--no-quest-")
 
 def parser() -> argparse.ArgumentParser:
     """The flags, and what each means."""
-    flags = argparse.ArgumentParser(prog="quest-vllm serve MODEL", usage=argparse.SUPPRESS, add_help=False)
+    flags = argparse.ArgumentParser(
+        prog="quest-vllm serve MODEL",
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        epilog=help_text("serve"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     group = flags.add_argument_group("flags of quest-vllm serve; any flag of vllm serve may follow")
     for flag, key, what in (
         ("--quest-token-budget", "token_budget", "budget of requests that name none; 0: dense (2048)"),
@@ -25,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
         ("--quest-max-body-bytes", "max_body_bytes", "largest body of a generation request (33554432)"),
     ):
         group.add_argument(flag, dest=key, type=int, metavar="N", help=what)
+    group.add_argument(
+        "--quest-top-p",
+        dest="top_p",
+        type=float,
+        metavar="P",
+        help="share of its budget's estimated attention mass at which a head stops taking pages; 1: never (1)",
+    )
     group.add_argument(
         "--quest-allow-override",
         dest="allow_override",

@@ -16,6 +16,7 @@ from quest_vllm.server.asgi import Message, Send, header, with_body
 from quest_vllm.server.facts import steps_follow
 from quest_vllm.server.request import GenerationRequest
 from quest_vllm.server.usage import Sequences, count_usage, lengths_in
+from quest_vllm.tally import find_tally
 
 Json = dict[str, Any]
 # in a chunk, "model" comes before everything that a model or client wrote
@@ -143,7 +144,9 @@ class GenerationReply:
         if sequences is None and asked.countable:
             sequences = self._sequences.lengths(*totals)
         if sequences is not None:
-            reply["usage"]["sparse_attention"] = count_usage(sequences, budget, get_budget_limits().config).model_dump()
+            config = get_budget_limits().config
+            counted = count_usage(sequences, budget, config, asked.top_p, find_tally(asked.tally))
+            reply["usage"]["sparse_attention"] = counted.model_dump()
 
 
 def _dump(value: object) -> bytes:

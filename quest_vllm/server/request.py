@@ -5,6 +5,7 @@ from __future__ import annotations
 from quest_vllm import compat
 from quest_vllm.budget import get_budget_limits
 from quest_vllm.metrics import budget_class
+from quest_vllm.server import spans
 from quest_vllm.server.asgi import Message, Receive, Refusal, Scope, header
 from quest_vllm.server.fields import Asked, read_request
 
@@ -33,12 +34,21 @@ class GenerationRequest:
                 return {"type": "http.disconnect"}
             self._body_done = True
             body, self.asked = read_request(body, get_budget_limits(), compat.served_models(self._scope.get("app")))
+            if spans.is_on():
+                body = self._trace(body)
         except Refusal as refusal:
             from fastapi import HTTPException
 
             self._body_done, self.refusal = True, refusal
             raise HTTPException(refusal.status, str(refusal)) from None
         return {"type": "http.request", "body": body, "more_body": False}
+
+    def _trace(self, body: bytes) -> bytes:
+        """Note the budget for the request's span; the body may gain the id that finds it again."""
+        body, name = spans.name_request(self._scope, body, self.asked.request_id)
+        if name is not None:
+            spans.note(name, spans.Noted(self.token_budget, self.asked.top_p, self.asked.tally))
+        return body
 
     async def _read(self) -> bytes | None:
         """The whole body; None where the client left. Raises :class:`Refusal` (413) for one that is too large.

@@ -1,8 +1,8 @@
 """``usage.sparse_attention``: what a request's decode steps did, from numbers that the API server has.
 
-No channel leads from the workers to one reply. None is needed while every decode step brings one token: the steps then
-follow from the lengths of prompt and answer, and the worker's own classification (:mod:`quest_vllm.metadata`) says what
-each of them reads. The first token of an answer comes out of prefill, which is dense.
+While every decode step brings one token, the steps follow from the lengths of prompt and answer, and the worker's own
+classification (:mod:`quest_vllm.metadata`) says what each of them reads; under top_p the worker tells the rest by
+:mod:`quest_vllm.tally`. The first token of an answer comes out of prefill, which is dense.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows, measure_traffic
+from quest_vllm.tally import Tally
 
 LENGTHS = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_tokens"))
 
@@ -24,30 +25,58 @@ class SparseUsage(BaseModel):
     """What a reply's decode steps did. Counts are those of one selecting head in one sparse layer."""
 
     token_budget: int = Field(description="Budget in force, in tokens; 0: dense.")
+    top_p: float = Field(description="Share of the budget's estimated mass in force; 1: the whole budget is spent.")
     mean_tokens_attended: float | None = Field(
-        description="Tokens that a decode step attended to, dense steps included; null without a decode step."
+        description=(
+            "Tokens that a decode step attended to, dense steps included; null without a decode step, and under top_p "
+            "where the worker's count cannot be seen (another host)."
+        )
     )
-    pages_selected: int = Field(description="Pages attended to, summed over the sparse decode steps.")
+    pages_selected: int | None = Field(
+        description="Pages attended to, summed over the sparse decode steps; null as above."
+    )
     pages_available: int = Field(description="Pages that those steps could have attended to.")
     decode_steps: int = Field(description="Tokens of the answer, less one per sequence: prefill makes the first.")
 
 
-def count_usage(sequences: Iterable[tuple[int, int]], token_budget: int, config: QuestConfig) -> SparseUsage:
-    """Usage of ``sequences``, each ``(prompt tokens, completion tokens)``, decoded with ``token_budget`` (0: dense)."""
+def count_usage(
+    sequences: Iterable[tuple[int, int]],
+    token_budget: int,
+    config: QuestConfig,
+    top_p: float = 1.0,
+    tally: Tally | None = None,
+) -> SparseUsage:
+    """Usage of ``sequences``, each ``(prompt tokens, completion tokens)``, decoded with ``token_budget`` (0: dense).
+
+    ``tally`` is what the worker counted of the steps that ``top_p`` made adaptive.
+    """
     # step k of a sequence, from 1, sees the prompt and the k tokens before its own
     spans = [np.arange(1, max(1, completion), dtype=np.int32) + prompt for prompt, completion in sequences]
     seq_lens = np.concatenate([np.zeros(0, np.int32), *spans]).astype(np.int32)
     steps = len(seq_lens)
     rows = classify_rows(
-        np.ones(steps, np.int32), seq_lens, np.zeros(steps, np.bool_), np.full(steps, token_budget, np.int32), config
+        np.ones(steps, np.int32),
+        seq_lens,
+        np.zeros(steps, np.bool_),
+        np.full(steps, token_budget, np.int32),
+        config,
+        np.full(steps, top_p, np.float32),
     )
     traffic = measure_traffic(rows, seq_lens, config.page_size)
-    attended = traffic.vectors_read - traffic.pages_available  # a summary is one vector a page
+    attended: float = traffic.vectors_read - traffic.pages_available  # a summary is one vector a page
+    pages: float = traffic.pages_selected
+    adaptive = int(rows.adaptive.sum())
+    known = adaptive == 0 or (tally is not None and tally.steps > 0)
+    if adaptive and known and tally is not None:
+        # per step: a preempted request, or a step beyond a stop token, makes the worker's steps not quite ours
+        attended += tally.tokens * adaptive / tally.steps
+        pages += tally.pages * adaptive / tally.steps
     return SparseUsage(
         token_budget=token_budget,
-        mean_tokens_attended=round(attended / steps, 2) if steps else None,
-        pages_selected=traffic.pages_selected,
-        pages_available=traffic.pages_available,
+        top_p=top_p,
+        mean_tokens_attended=round(attended / steps, 2) if steps and known else None,
+        pages_selected=round(pages) if known else None,
+        pages_available=traffic.pages_available + int(rows.num_pages[rows.adaptive].sum()),
         decode_steps=steps,
     )
 

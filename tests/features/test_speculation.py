@@ -1,7 +1,11 @@
-"""Speculative decoding on model runner V1, which drops plugins' logits processors: budgets must arrive all the same."""
+"""Speculative decoding: verify tokens are sparse rows of their own, and change no text.
+
+On the CPU model runner V1 speculates, which drops plugins' logits processors: budgets must arrive all the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,55 +16,130 @@ import pytest
 
 from quest_vllm import layers
 from quest_vllm.compat import UnsupportedVllm
-from tests.features.conftest import audit, counted_rows, engine, params
+from quest_vllm.metrics_files import FilesCollector, metrics_dir
+from tests.features.conftest import audit, counted_rows, engine, logprobs, params
 
 pytestmark = pytest.mark.engine
 
-STEPS = 16
+STEPS, DRAFTS = 16, 3
+MAX_MODEL_LEN = 4096
 
 
 @pytest.fixture(scope="module")
 def llm(model_path: Path) -> Iterator[Any]:
-    """An engine that proposes three tokens by n-gram look-up."""
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with engine(model_path, speculative_config=speculation) as running:
+    """An engine that proposes three tokens by n-gram look-up, and audits its summaries in every step."""
+    speculation = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    audits = {"quest": {"audit_steps": 1}}
+    with engine(
+        model_path, speculative_config=speculation, max_model_len=MAX_MODEL_LEN, additional_config=audits
+    ) as running:
         yield running
 
 
-def repetitive(words: int) -> str:
-    """A prompt whose continuation the n-gram look-up finds often."""
-    rng = random.Random(0)
-    line = " ".join(rng.choice(("river", "garden", "engine", "letter")) for _ in range(20))
-    return (line + ". ") * (words // 20)
+@contextlib.contextmanager
+def no_drafts(llm: Any) -> Iterator[None]:
+    """The same engine without a draft to verify."""
+
+    def silence(worker: Any) -> None:
+        worker.model_runner.drafter.propose = lambda _, sampled, *__, **___: [[] for _ in sampled]
+
+    def restore(worker: Any) -> None:
+        del worker.model_runner.drafter.propose
+
+    llm.collective_rpc(silence)
+    try:
+        yield
+    finally:
+        llm.collective_rpc(restore)
+
+
+def speculated(llm: Any) -> tuple[int, int]:
+    """Tokens drafted and accepted so far."""
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return metrics["vllm:spec_decode_num_draft_tokens"], metrics["vllm:spec_decode_num_accepted_tokens"]
+
+
+def audited() -> dict[str, int]:
+    """Pages that the running audit compared in this process so far, by result."""
+    samples = [sample for metric in FilesCollector(metrics_dir()).collect() for sample in metric.samples]
+    found = [sample for sample in samples if sample.name == "quest_audit_pages_total"]
+    return {sample.labels["result"]: int(sample.value) for sample in found}
+
+
+def repetitive(words: int, seed: int = 0) -> str:
+    """A prompt whose continuation the n-gram look-up finds often, and gets wrong as often."""
+    rng = random.Random(seed)
+    nouns = [rng.choice(("river", "garden", "engine", "letter", "window", "market")) for _ in range(words // 8)]
+    return "".join(f"The {noun} was quiet, then the {rng.choice(nouns)} was not. " for noun in nouns)
 
 
 @pytest.mark.parametrize(
-    ("budget", "single", "absent"),
+    ("budget", "decode", "absent"),
     [
         (128, "sparse/budget", "dense/no_budget"),
         (0, "dense/no_budget", "sparse/budget"),
-        (4096, "dense/budget_covers_context", "dense/no_budget"),
+        (MAX_MODEL_LEN, "dense/budget_covers_context", "dense/no_budget"),
         (None, "dense/budget_covers_context", "dense/no_budget"),
     ],
 )
-def test_budget_arrives_and_verify_rows_are_counted(llm: Any, budget: int | None, single: str, absent: str) -> None:
+def test_budget_arrives_and_every_verify_token_is_a_row(llm: Any, budget: int | None, decode: str, absent: str) -> None:
     rng = random.Random(1)
     unguessable = {"prompt_token_ids": [rng.randint(1000, 40000) for _ in range(700)]}
+    drafted, accepted = speculated(llm)
     with counted_rows() as rows:
         llm.generate([repetitive(400), unguessable], params(budget, STEPS), use_tqdm=False)
-    assert rows[single] > 0, rows
-    assert rows["dense/speculative"] > 0, rows  # drafts were verified, densely, and said so
-    assert absent not in rows, rows
-    assert rows[single] + rows["dense/speculative"] <= 2 * (STEPS - 1)
+    drafted, accepted = (now - before for now, before in zip(speculated(llm), (drafted, accepted), strict=True))
+    assert drafted > 0 and absent not in rows, rows
+    assert set(rows) <= {decode, "dense/prefill"}, rows
+    # every step yields the accepted drafts and one token more; what the last one yields beyond STEPS is cut
+    least = 2 * (STEPS - 1) + drafted - accepted
+    assert least <= rows[decode] <= least + 2 * DRAFTS, (rows, drafted, accepted)
+
+
+def first_difference(ours: list[dict[int, float]], theirs: list[dict[int, float]]) -> tuple[float, float | None]:
+    """How far two greedy runs' two best log-probabilities lie apart as long as their texts agree; and where they part,
+    how far apart each run saw those two tokens (None: they never part)."""
+    noise = 0.0
+    for step_a, step_b in zip(ours, theirs, strict=True):
+        best_a, best_b = max(step_a, key=step_a.__getitem__), max(step_b, key=step_b.__getitem__)
+        if best_a != best_b:
+            return noise, max(
+                step[best] - step.get(other, -99.0)
+                for step, best, other in ((step_a, best_a, best_b), (step_b, best_b, best_a))
+            )
+        likely = sorted(step_a, key=step_a.__getitem__)[-2:]
+        noise = max([noise, *(abs(step_a[token] - step_b[token]) for token in likely if token in step_b)])
+    return noise, None
+
+
+def test_drafts_change_no_text_at_any_budget(llm: Any) -> None:
+    budgets = [0, MAX_MODEL_LEN, 256, 96]
+    prompts = [repetitive(280 + 40 * i, seed=i) for i in range(len(budgets))]
+    sampling = [params(budget, 32, logprobs=5) for budget in budgets]
+    before = speculated(llm)
+    with_drafts = llm.generate(prompts, sampling, use_tqdm=False)
+    drafted, accepted = (now - then for now, then in zip(speculated(llm), before, strict=True))
+    assert drafted > accepted > 12  # text of several tokens a step, and rejected drafts, stand behind this
+    with no_drafts(llm):
+        without = llm.generate(prompts, sampling, use_tqdm=False)
+    assert speculated(llm) == (before[0] + drafted, before[1] + accepted)
+    found = [first_difference(logprobs(a), logprobs(b)) for a, b in zip(with_drafts, without, strict=True)]
+    # rows of several tokens and of one go through other matrix kernels: the dense rows say what that is worth
+    noise = max(0.125, *(noise for noise, _ in found[:2]))  # a bfloat16 logit of 16 or more moves in steps of 0.125
+    for budget, (apart, gap) in zip(budgets, found, strict=True):
+        assert apart <= 3 * noise, (budget, found)
+        assert gap is None or gap <= noise, (budget, found)  # the two best tokens tied
 
 
 def test_summaries_are_right_after_rejected_drafts(llm: Any) -> None:
-    sampling = [params(budget, 24, seed=budget, temperature=0.7) for budget in (64, 128, 256, 0)]
+    before = audited()
+    sampling = [params(budget, 24, temperature=0.7) for budget in (64, 128, 256, 0)]
     llm.generate([repetitive(200 + 40 * i) for i in range(4)], sampling, use_tqdm=False)
-    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    drafted, accepted = (metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    drafted, accepted = speculated(llm)
     assert drafted > accepted > 0
     audit(llm, 30)
+    after = audited()
+    assert after["right"] > before["right"] and after["wrong"] == before["wrong"], (before, after)
 
 
 @pytest.mark.parametrize("worker", ["mine.Worker", "auto"])

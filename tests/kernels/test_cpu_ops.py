@@ -250,7 +250,7 @@ def test_scores_refuse_unknown_reductions_and_radii() -> None:
             cpu.score_pages(*rest, page_size=16, bound_radius=radius)
 
 
-def check_selection(scores: torch.Tensor, lengths: list[int], budgets: list[int], **options: int) -> None:
+def check_selection(scores: torch.Tensor, lengths: list[int], budgets: list[int], **options: Any) -> None:
     rest = (torch.tensor(lengths, dtype=torch.int32), torch.tensor(budgets, dtype=torch.int32))
     expected = reference.select_pages(scores, *rest, page_size=16, **options)
     assert torch.equal(cpu.select_pages(scores, *rest, page_size=16, **options), expected)
@@ -274,6 +274,27 @@ def test_selection(kind: str, sink_pages: int, recent_pages: int) -> None:
         check_selection(scores, lengths, [budget] * len(lengths), max_page_budget=budget, **options)
     mixed = [5, 0, 1, 2, 3, 100, 17, 400]
     check_selection(scores, lengths, mixed, max_page_budget=100, sink_pages=sink_pages, recent_pages=recent_pages)
+
+
+@pytest.mark.parametrize(("sink_pages", "recent_pages"), [(1, 2), (0, 0), (3, 4)])
+@pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "special"])
+def test_selection_under_top_p(kind: str, sink_pages: int, recent_pages: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [0, 1, 16, 17, 300, 4000, 4096, 2500]
+    scores = torch.randn(len(lengths), 3, 256, generator=generator) * (20 if kind == "peaked" else 3)
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "special":
+        special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 3e38])
+        rare = torch.rand(scores.shape, generator=generator) < 0.01
+        scores = torch.where(rare, special[torch.randint(0, 7, scores.shape, generator=generator)], scores)
+    options = {"sink_pages": sink_pages, "recent_pages": recent_pages, "mass_scale": 0.3}
+    for budget in (1, 3, 4, 10, 64, 300):
+        for wanted in (0.11, 0.5703, 0.9499, 0.999):
+            top_p = torch.full((len(lengths),), wanted)
+            top_p[3::4] = 1.0
+            budgets = [budget] * len(lengths)
+            check_selection(scores, lengths, budgets, max_page_budget=budget, top_p=top_p, **options)
 
 
 @pytest.mark.parametrize(("dim", "group"), [(64, 3), (80, 4), (96, 8), (128, 1), (128, 4), (256, 2)])

@@ -18,7 +18,7 @@ def nvcc() -> list[str]:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("source", cuda_build.SOURCES[8])
+@pytest.mark.parametrize("source", cuda_build.variants(64)[8])
 def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, tmp_path) -> None:
     path = build_tools.source_dir("cuda") / source
     command = [*nvcc, *cuda_build.FLAGS, "-Xptxas=-v", "-DQUEST_HEAD_DIM=64", "-cubin", str(path), "-o"]

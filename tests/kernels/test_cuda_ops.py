@@ -91,6 +91,12 @@ def assert_near(actual: torch.Tensor, case: PagedCase, want: Callable[[PagedCase
     assert off <= 3 * error + 1e-5, f"off by {off:.3g}, the reference by {error:.3g}"
 
 
+def warp_counts(shape: tuple[int, ...], reduction: str) -> list[int]:
+    """The variants that serve a shape."""
+    rows = 1 if reduction == "per_query_head" else shape[1]
+    return [8, 16] if shape[2] <= 128 and rows <= 8 else [8]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
@@ -128,7 +134,7 @@ def test_selection_equals_the_reference(name: str, pages: int) -> None:
     torch.manual_seed(pages)
     scores = DISTRIBUTIONS[name](pages).to(DEVICE).contiguous()
     lengths = ints([16 * pages, 16 * pages - 37])
-    for wanted in (1, 2, 4, 30, pages // 3, pages - 1, pages):
+    for wanted in (1, 2, 4, 30, pages // 3, pages - 1, pages) if pages < 65536 else (1, 512, pages // 3):
         rows = (lengths, ints([wanted, max(1, wanted - 1)]))
         want = reference.select_pages(scores, *rows, page_size=16, max_page_budget=wanted)
         for cluster in CLUSTERS:
@@ -186,33 +192,20 @@ def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], reduction: str, 
         want = reference.select_pages(
             scores, case.seq_lens, ints(BUDGETS), page_size=case.page_size, max_page_budget=width
         )
-        selected = torch.full_like(want, -1)
-        out = run(case, BUDGETS, selected=selected, cluster_size=cluster, **scoring)
-        chosen = selected >= 0  # a row that attends to everything lists nothing
-        assert chosen[2:5].any(-1).all() and torch.equal(selected[chosen], want[chosen])
+        covered = reference.num_pages(case.seq_lens, case.page_size) <= ints(BUDGETS)
+        listed = (want[..., None] == torch.arange(width, device=DEVICE)).any(dim=2)
 
         def attend(of: PagedCase, selected: torch.Tensor = want) -> torch.Tensor:
             rows = (of.views.keys, of.views.values, of.block_table, of.seq_lens, selected)
             return reference.sparse_paged_attention(of.query, *rows, page_size=of.page_size, scale=scale)
 
-        assert_near(out, case, attend)
-        assert not out[0].any()  # a row without tokens
-
-
-@pytest.mark.parametrize("shape", SHAPES[:4])
-@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
-@pytest.mark.parametrize("cluster", CLUSTERS)
-def test_sixteen_warps_choose_the_same_pages(shape: tuple[int, ...], reduction: str, cluster: int | None) -> None:
-    case = build(shape=shape)
-    outputs, lists = [], []
-    for warps in (8, 16):
-        heads = case.query.shape[1] if reduction == "per_query_head" else shape[0]
-        selected = torch.full((6, heads, case.block_table.shape[1] * shape[4] // shape[3]), -1, device=DEVICE).int()
-        options = {"group_reduction": reduction, "cluster_size": cluster, "warps": warps, "selected": selected}
-        outputs.append(run(case, BUDGETS, **options))
-        lists.append(selected)
-    assert torch.equal(*lists)
-    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+        for warps in warp_counts(shape, reduction):
+            chosen = torch.zeros(want.shape, dtype=torch.uint8, device=DEVICE)
+            out = run(case, BUDGETS, chosen=chosen, cluster_size=cluster, warps=warps, **scoring)
+            assert torch.equal(chosen[~covered].bool(), listed[~covered])
+            assert not chosen[covered].any()  # a row that attends to everything chooses nothing
+            assert_near(out, case, attend)
+            assert not out[0].any()  # a row without tokens
 
 
 def test_a_budget_that_covers_the_context_is_dense() -> None:
@@ -277,11 +270,12 @@ def test_writing_in_chunks(shape: tuple[int, ...], chunk: int) -> None:
     cache = torch.full((*views.keys.shape[:3], 2 * keys.shape[2]), float("nan"), dtype=keys.dtype, device=DEVICE)
     extra = torch.full_like(views.summaries, float("nan"))
     into = (cache[..., : keys.shape[2]].contiguous(), cache[..., keys.shape[2] :].contiguous(), extra)
+    write = cuda.KvWriter(*into, page_size=case.page_size)
     for first in range(0, len(slots), chunk):
         part = slice(first, first + chunk)
         padded = torch.cat([slots[part], slots.new_full((3,), -1)])
         rows = [torch.cat([rows[part], rows.new_zeros(3, *rows.shape[1:])]) for rows in (keys, values)]
-        cuda.write_kv(*rows, *into, padded, page_size=case.page_size)
+        write(*rows, padded)
     written = views.summaries.isfinite()
     assert torch.equal(extra[written], views.summaries[written])
     assert torch.equal(into[0][slots // block_size, :, slots % block_size], keys)

@@ -59,7 +59,7 @@ def test_keys_values_and_summaries(kernel, page_size: int, block_size: int, chun
         part = slice(first, first + chunk)
         padded = torch.cat([slots[part], slots.new_full((2,), -1)])
         rows = [torch.cat([rows[part], rows.new_zeros(2, *rows.shape[1:])]) for rows in (keys, values)]
-        params = cuda.write_params(*rows, *into, padded, page_size=page_size)
+        params = cuda.KvWriter(*into, page_size=page_size).fill(*rows, padded)
         write(ctypes.byref(params), backwards)
     written = views.summaries.isfinite()
     assert torch.equal(into[2][written], views.summaries[written])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quest_vllm.ops import reference
 from quest_vllm.ops.api import load_ops
-from quest_vllm.policies import BoundPolicy, DecodeStep, OraclePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import BoundPolicy, DecodeStep, KeyCodesPolicy, OraclePolicy, SplitBoxPolicy, TwoStagePolicy
 from tests.kernels.paged import PagedCase, make_case
 
 OPS = load_ops("torch", "cpu")
@@ -161,3 +161,37 @@ def test_boxes_of_one_token_are_the_oracle(case: PagedCase) -> None:
 def test_split_boxes_refuse(settings_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SplitBoxPolicy(OPS, **settings_).scores(step_of(make_case([40], head_dim=16), 2))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2**16))
+def test_key_codes_choose_nearly_the_oracles_mass(lengths: list[int], budget: int, seed: int) -> None:
+    """Random keys, which have no structure to help: six tenths of what the best pages hold, and never more than it."""
+    case = make_case(lengths, group=2, head_dim=64, seed=seed)
+    case.views.keys.copy_(case.views.keys.clamp(-1.5, 1.5).round())
+    reference.update_page_summaries(
+        case.views.keys, case.views.summaries, case.slots(), page_size=16, page_summary="key_codes"
+    )
+    step = step_of(case, budget, **FREE)
+    found, best = (
+        chosen_mass(case, policy.choose(step)) for policy in (KeyCodesPolicy(OPS, "mass"), OraclePolicy(OPS))
+    )
+    assert sum(found) >= 0.6 * sum(best)
+    assert all(mass <= most + 1e-5 for mass, most in zip(found, best, strict=True))
+
+
+def test_key_codes_find_the_needle_that_the_box_hides() -> None:
+    case = make_case([16 * 12], num_kv_heads=1, group=1, head_dim=64)
+    slots = case.slots()
+    case.query[:] = 1.0
+    checkers = (torch.arange(len(slots))[:, None] + torch.arange(64)) % 2
+    case.views.keys[slots // 32, 0, slots % 32] = checkers * 4.0 - 2.0  # every q.k is 0, every bound 128
+    needle = slots[16 * 9 + 5]
+    case.views.keys[needle // 32, 0, needle % 32] = 1.5
+    step = step_of(case, 4)
+    reference.update_page_summaries(case.views.keys, case.views.summaries, slots, page_size=16)
+    assert 9 not in BoundPolicy(OPS).choose(step)[0, 0].tolist()
+    reference.update_page_summaries(
+        case.views.keys, case.views.summaries, slots, page_size=16, page_summary="key_codes"
+    )
+    assert 9 in KeyCodesPolicy(OPS).choose(step)[0, 0].tolist()

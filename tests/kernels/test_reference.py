@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quest_vllm.ops import reference, torch_ops
 from tests.kernels.paged import PagedCase, make_case
+from tests.kernels.top_p import assert_top_p_law
 
 cases = st.builds(
     make_case,
@@ -220,41 +221,64 @@ def test_selection_takes_the_budget_and_its_forced_pages(case: PagedCase, budget
                 assert {0, pages - 1, pages - 2} & set(range(pages)) <= set(kept)
 
 
+top_ps = st.floats(0.02, 0.999)
+
+
+def rows_of(case: PagedCase, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return case.seq_lens, torch.full_like(case.seq_lens, budget)
+
+
 @settings(max_examples=40, deadline=None)
-@given(cases, st.floats(0.05, 0.999), st.integers(0, 6), st.integers(3, 9))
-def test_top_p_takes_as_few_pages_as_hold_that_mass(case: PagedCase, wanted: float, floor: int, budget: int) -> None:
-    scores = score(case, group_reduction="mass", scale=0.2)
+@given(cases, top_ps, st.integers(1, 9), st.sampled_from(["mass", "max", "per_query_head"]))
+def test_top_p_takes_as_few_pages_as_hold_that_share(case: PagedCase, wanted: float, budget: int, how: str) -> None:
+    scores, scale = score(case, group_reduction=how, scale=0.2), 1.0 if how == "mass" else 0.2
     options = {"page_size": case.page_size, "max_page_budget": budget}
-    rows = (case.seq_lens, torch.full_like(case.seq_lens, budget))
-    whole = reference.select_pages(scores, *rows, **options)
+    whole = reference.select_pages(scores, *rows_of(case, budget), **options)
     top_p = torch.full((len(case.seq_lens),), wanted)
-    floors = torch.full_like(case.seq_lens, floor)
-    chosen = reference.select_pages(scores, *rows, top_p=top_p, page_floors=floors, **options)
-    for row, length in enumerate(case.seq_lens.tolist()):
-        pages = -(-length // case.page_size)
-        forced = {0, pages - 2, pages - 1} & set(range(pages))
-        for head in range(scores.shape[1]):
-            mass = scores[row, head].double().exp()
-            mass = mass / mass.sum() if pages else mass
-            taken = [page for page in chosen[row, head].tolist() if page >= 0]
-            ceiling = [page for page in whole[row, head].tolist() if page >= 0]
-            least = min(max(floor, len(forced)), len(ceiling))
-            assert forced <= set(taken) <= set(ceiling)
-            assert len(taken) >= least
-            if len(taken) < len(ceiling):
-                assert float(mass[taken].sum()) >= wanted - 1e-5
-            if len(taken) > least:  # without its last page it would fall short
-                weakest = min(set(taken) - forced, key=lambda page: float(mass[page]))
-                assert float(mass[taken].sum() - mass[weakest]) < wanted + 1e-5
+    chosen = reference.select_pages(scores, *rows_of(case, budget), top_p=top_p, mass_scale=scale, **options)
+    assert_top_p_law(case, scores.double() * scale, whole, chosen, top_p)
 
 
-def test_top_p_of_one_or_of_nan_spends_the_budget() -> None:
-    scores = torch.tensor([0.0, -50.0, -60.0, -70.0, -80.0, -90.0]).log_softmax(-1).expand(3, 1, 6).clone()
+@settings(max_examples=20, deadline=None)
+@given(cases, st.lists(top_ps, min_size=2, max_size=4), st.integers(1, 9))
+def test_top_p_takes_more_pages_the_larger_it_is(case: PagedCase, wanted: list[float], budget: int) -> None:
+    scores, options = score(case), {"page_size": case.page_size, "max_page_budget": budget, "mass_scale": 0.1}
+    whole = reference.select_pages(scores, *rows_of(case, budget), **options)
+    taken = torch.zeros(scores.shape[:2], dtype=torch.int64)
+    for p in sorted(wanted):
+        top_p = torch.full((len(case.seq_lens),), p)
+        now = (reference.select_pages(scores, *rows_of(case, budget), top_p=top_p, **options) >= 0).sum(-1)
+        assert (now >= taken).all()
+        taken = now
+    one = torch.ones(len(case.seq_lens))
+    assert torch.equal(reference.select_pages(scores, *rows_of(case, budget), top_p=one, **options), whole)
+    assert (taken <= (whole >= 0).sum(-1)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, top_ps, st.integers(1, 9))
+def test_top_p_of_a_row_changes_no_other_row(case: PagedCase, wanted: float, budget: int) -> None:
+    scores, options = score(case), {"page_size": case.page_size, "max_page_budget": budget, "mass_scale": 0.1}
+    lengths, budgets = rows_of(case, budget)
+    top_p = torch.linspace(wanted, 1.0, len(lengths))
+    together = reference.select_pages(scores, lengths, budgets, top_p=top_p, **options)
+    for row in range(len(lengths)):
+        one = slice(row, row + 1)
+        alone = reference.select_pages(scores[one], lengths[one], budgets[one], top_p=top_p[one], **options)
+        assert torch.equal(together[one], alone)
+
+
+def test_top_p_of_one_and_mass_that_is_not_finite_spend_the_budget() -> None:
+    scores = torch.tensor([0.0, -50.0, -60.0, -70.0, -80.0, -90.0]).log_softmax(-1).expand(5, 1, 6).clone()
     scores[2, 0, 3] = float("nan")
-    lengths, budgets = torch.full((3,), 96, dtype=torch.int32), torch.full((3,), 5, dtype=torch.int32)
+    scores[3, 0, 4] = float("inf")
+    scores[4, 0] = float("-inf")
+    lengths, budgets = torch.full((5,), 96, dtype=torch.int32), torch.full((5,), 5, dtype=torch.int32)
     options = {"page_size": 16, "max_page_budget": 5, "recent_pages": 1}
-    chosen = reference.select_pages(scores, lengths, budgets, top_p=torch.tensor([0.5, 1.0, 0.5]), **options)
-    assert chosen[:, 0].tolist() == [[0, 5, -1, -1, -1], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+    top_p = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5])
+    chosen = reference.select_pages(scores, lengths, budgets, top_p=top_p, **options)[:, 0].tolist()
+    assert chosen[:3] == [[0, 5, -1, -1, -1], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+    assert [len([page for page in row if page >= 0]) for row in chosen[3:]] == [5, 5]
 
 
 def test_update_ignores_padding_and_stale_summaries() -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90)
 PACKAGE = "quest_vllm.ops.triton"
 INDEX_POINTERS = {"block_table_ptr", "seq_lens_ptr", "budget_ptr", "selected_ptr"}
-FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr", "logit_ptr"}
+FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr", "logit_ptr", "top_p_ptr"}
 PAGES = {"PAGE_SIZE": 16, "HEAD_DIM": 80, "PADDED_DIM": 128}
 WIDE = {"PAGE_SIZE": 64, "HEAD_DIM": 256, "PADDED_DIM": 256}
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, variants of its constants
@@ -65,8 +65,8 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
     "select_pages_kernel": (
         "select_pages",
         [
-            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True},
-            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True, "HAS_TOP_P": False},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False, "HAS_TOP_P": True},
         ],
     ),
     "attend_splits_kernel": (
@@ -110,7 +110,11 @@ def signature_of(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str
         if name.endswith("_ptr"):
             return f"*{dtype}"
         return (
-            "fp32" if name in {"scale", "softcap", "near", "far"} else "i64" if name.endswith("block_stride") else "i32"
+            "fp32"
+            if name in {"scale", "softcap", "near", "far", "mass_scale"}
+            else "i64"
+            if name.endswith("block_stride")
+            else "i32"
         )
 
     return {name: kind(name) for name in kernel.arg_names}

@@ -321,6 +321,44 @@ def test_budget_wider_than_the_table(device: torch.device) -> None:
     same_selection(torch.randn(2, 1, 4).to(device), [64, 20], [9, 9])
 
 
+@pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "special"])
+def test_selection_under_top_p_equals_the_reference(device: torch.device, kind: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    seq_lens = [0, 17, 333, 640, 1990]
+    scores = torch.randn(5, 1, 125, generator=generator) * (20 if kind == "peaked" else 3)
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "special":
+        scores[2, 0, 3], scores[3, 0, 4], scores[4, 0, :] = float("nan"), float("inf"), float("-inf")
+    scores = scores.to(device)
+    top_p = torch.tensor([0.31, 0.31, 0.5703, 1.0, 0.9499], device=device)
+    for budget in (40, 125):
+        same_selection(scores, seq_lens, [budget] * 5, top_p=top_p, mass_scale=0.3)
+
+
+def test_top_p_over_several_tiles(device: torch.device) -> None:
+    pages = 2 * 1024 + 3
+    scores = torch.randn(1, 1, pages, generator=torch.Generator().manual_seed(3)).to(device)
+    options = {"top_p": torch.tensor([0.7003], device=device), "mass_scale": 2.0}
+    same_selection((scores * 4).round() / 4, [16 * pages - 5], [300], **options)
+
+
+def test_what_top_p_leaves_of_a_budget_is_padding(device: torch.device) -> None:
+    case = build(device, [300, 180], dtype=torch.bfloat16)
+    caches = (case.views.keys, case.views.values, case.views.summaries)
+    rows = (case.block_table, case.seq_lens, torch.tensor([12, 9], dtype=torch.int32, device=device))
+    top_p = torch.tensor([0.6, 1.0], device=device)
+    options: dict[str, Any] = {"page_size": case.page_size, "scale": 64**-0.5, "top_p": top_p}
+    got = ops.quest_decode(case.query, *caches, *rows, **options)
+    scores = score(case, ops.score_pages, "max", 1.0)
+    selected = ops.select_pages(
+        scores, *rows[1:], page_size=case.page_size, max_page_budget=12, top_p=top_p, mass_scale=64**-0.5
+    )
+    taken = (selected >= 0).sum(-1)
+    assert (taken[0] < 12).all() and (taken[1] == 9).all()
+    assert torch.equal(got, attend(case, selected, ops.sparse_paged_attention))
+
+
 # sparse_paged_attention
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import quest_vllm
 
 PACKAGE = Path(quest_vllm.__file__).parent
-SEAMS = {"compat.py", "compat_logits.py", "compat_metrics.py"}
+SEAMS = {"compat.py", "compat_logits.py", "compat_metrics.py", "compat_seeds.py"}
 
 
 def imported_modules(path: Path) -> set[str]:

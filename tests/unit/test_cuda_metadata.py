@@ -1,0 +1,160 @@
+"""The CUDA backend's metadata, on CPU tensors: which rows the chain serves, which FlashAttention, at which addresses.
+
+vLLM's own builder needs a GPU; here it returns what it was given. Everything of ours runs as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quest_vllm import backend_cuda
+from quest_vllm.accounting import LayerGroup
+from quest_vllm.audit_online import OnlineAudit
+from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaMetadata, QuestCudaMetadataBuilder
+from quest_vllm.budget import BudgetTable
+from quest_vllm.config import QuestConfig
+from quest_vllm.token_rows import VerifyBuffers
+
+MAX_REQS, BLOCK, WIDTH = 8, 16, 4
+
+
+class Builder(QuestCudaMetadataBuilder):
+    """Ours, without what vLLM's constructor asks of a GPU."""
+
+    def __init__(self, table: BudgetTable, verify: bool = True) -> None:
+        self.device, self.block_size, self.config = torch.device("cpu"), BLOCK, QuestConfig()
+        self.num_sparse_layers, self.audit, self.is_v2 = 28, OnlineAudit({}, 0), True
+        self.group = LayerGroup(28, 3, 3, 64, 2, 16, False)
+        self.page_budgets = torch.full((MAX_REQS,), ALL_PAGES, dtype=torch.int32)
+        self.verify_width = WIDTH
+        self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device) if verify else None
+        self.stock_builds: list[tuple[torch.Tensor, bool]] = []
+
+    def _stock(self, common: Any, fast_build: bool = False) -> QuestCudaMetadata:
+        self.stock_builds.append((common.seq_lens, fast_build))
+        names = [f.name for f in dataclasses.fields(QuestCudaMetadata) if f.name not in ("sparse", "rest")]
+        given = dict.fromkeys(names) | {
+            "seq_lens": common.seq_lens,
+            "scheduler_metadata": None if fast_build else torch.zeros(4),
+            "num_actual_tokens": common.num_actual_tokens,
+        }
+        return QuestCudaMetadata(**given)
+
+    def _staged(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
+    """The process's budgets, by slot."""
+    budgets = BudgetTable()
+    monkeypatch.setattr(backend_cuda, "get_budget_table", lambda: budgets)
+    monkeypatch.setattr(backend_cuda, "record_step", lambda *_: None)
+    return budgets
+
+
+def common_metadata(
+    query_lens: list[int],
+    seq_lens: list[int],
+    slots: list[int] | None,
+    padded_to: int = 0,
+    prefilling: tuple[int, ...] = (),
+) -> Any:
+    """A step as model runner V2 describes it; ``padded_to`` requests in a graph of uniform decode."""
+    num_reqs = max(padded_to, len(query_lens))
+    padding = num_reqs - len(query_lens)
+    query_start = np.cumsum([0, *query_lens, *[0] * padding]).astype(np.int32)
+    tokens = int(query_start[-1]) if not padded_to else num_reqs * max(query_lens)
+    generator = torch.Generator().manual_seed(len(query_lens))
+    common = SimpleNamespace(
+        num_reqs=num_reqs,
+        num_actual_tokens=tokens,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        query_start_loc_cpu=torch.from_numpy(query_start),
+        seq_lens=torch.tensor([*seq_lens, *[0] * padding], dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+        is_prefilling=torch.tensor([row in prefilling for row in range(len(query_lens))]),
+        req_idx=None if slots is None else np.array(slots),
+        block_table_tensor=torch.randint(0, 999, (num_reqs, 70), dtype=torch.int32, generator=generator),
+    )
+    common.replace = lambda **changed: SimpleNamespace(**{**vars(common), **changed})
+    return common
+
+
+def test_a_captured_verify_step_finds_its_inputs_where_they_were(table: BudgetTable) -> None:
+    builder = Builder(table)
+    captured = builder.build_for_cudagraph_capture(common_metadata([WIDTH] * 4, [WIDTH] * 4, None))
+    assert captured.sparse.served.shape == (16,)
+    for slot, budget in ((5, 128), (2, 0), (7, 512)):
+        table.set(slot, budget)
+    # slot 7's budget covers its context; the graph has room for a fourth request
+    common = common_metadata([WIDTH] * 3, [700, 900, 300], [5, 2, 7], padded_to=4)
+    replayed = builder.build(0, common)
+    for field in ("seq_lens", "page_budgets", "block_table", "served"):
+        ours, theirs = getattr(replayed.sparse, field), getattr(captured.sparse, field)
+        assert (ours.data_ptr(), ours.shape) == (theirs.data_ptr(), theirs.shape), field
+    assert replayed.rest.seq_lens.data_ptr() == captured.rest.seq_lens.data_ptr()
+    assert captured.sparse.seq_lens.tolist() == [697, 698, 699, 700] + [0] * 12
+    assert captured.sparse.page_budgets.tolist() == [8] * 4 + [0] * 12
+    assert captured.sparse.served.tolist() == [True] * 4 + [False] * 12
+    assert captured.rest.seq_lens.tolist() == [1, 900, 300, 0]
+    assert captured.sparse.block_table[:4, :44].tolist() == common.block_table_tensor[:1, :44].tolist() * 4
+    assert replayed.seq_lens is common.seq_lens  # dense layers
+    assert [fast for _, fast in builder.stock_builds] == [False, True] * 2
+
+
+def test_drafts_of_unlike_number_beside_a_prefill_chunk(table: BudgetTable) -> None:
+    builder = Builder(table)
+    for slot in range(4):
+        table.set(slot, 64)
+    # covered but for its last two tokens; sparse; a chunk; covered
+    common = common_metadata([4, 2, 7, 1], [66, 500, 90, 64], [0, 1, 2, 3], prefilling=(2,))
+    metadata = builder.build(0, common)
+    rows = metadata.sparse
+    assert rows.served is None and rows.tokens.tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows.seq_lens.tolist() == [63, 64, 65, 66, 499, 500]
+    assert rows.page_budgets.tolist() == [4] * 6
+    assert rows.block_table.tolist() == common.block_table_tensor[[0, 0, 0, 0, 1, 1]].tolist()
+    assert metadata.rest.seq_lens.tolist() == [1, 1, 90, 64]
+    assert metadata.seq_lens.tolist() == [66, 500, 90, 64]
+
+
+def test_one_token_a_request_is_a_decode_step(table: BudgetTable) -> None:
+    builder = Builder(table)
+    table.set(3, 256)
+    metadata = builder.build(0, common_metadata([1, 1], [800, 800], [3, 1], padded_to=4))
+    assert metadata.rest is None and metadata.sparse.served is None
+    assert metadata.sparse.page_budgets.tolist() == [16, ALL_PAGES, ALL_PAGES, ALL_PAGES]
+
+
+@pytest.mark.parametrize(("width", "room"), [(WIDTH, False), (WIDTH + 1, True)])
+def test_uniform_steps_that_no_graph_holds_are_split(table: BudgetTable, width: int, room: bool) -> None:
+    builder = Builder(table, verify=room)
+    table.set(0, 64)
+    metadata = builder.build(0, common_metadata([width] * 2, [500, 500], [0, 1]))
+    assert metadata.sparse.tokens.tolist() == list(range(width))
+    assert metadata.rest.seq_lens.tolist() == [1, 500]
+
+
+def test_a_draft_models_steps_are_stock(table: BudgetTable) -> None:
+    builder = Builder(table)
+    table.set(0, 64)
+    drafts = common_metadata([1, 1], [800, 800], None)
+    assert builder.build(0, drafts).sparse is None
+    assert builder.build_for_drafting(drafts, 0).sparse is None
+    builder.is_v2 = False  # V1 names no requests: slots are the batch's rows
+    assert builder.build(0, drafts).sparse.page_budgets.tolist() == [4, ALL_PAGES]
+
+
+def test_prefill_alone_is_stock(table: BudgetTable) -> None:
+    builder = Builder(table)
+    table.set(0, 64)
+    metadata = builder.build(0, common_metadata([40], [500], [0], prefilling=(0,)))
+    assert metadata.sparse is None and metadata.rest is None
