@@ -59,8 +59,17 @@ run:
 	exec $(BIN)/quest-vllm serve $(MODEL) $(SERVE_FLAGS) $(ARGS)
 
 # several servers and engines share the cores: threads that wait must not spin
+TESTS := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu"
+ENGINES := tests/deploy tests/e2e tests/engine tests/eval tests/features
+
+# what starts engines and servers in one process, everything else beside it; with ARGS= one process runs what that names
 test: env kernels model
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+ifneq ($(strip $(ARGS)),)
+	$(TESTS) $(ARGS)
+else
+	@mkdir -p build; $(TESTS) tests $(addprefix --ignore=,$(ENGINES)) -p no:cacheprovider > build/test.log 2>&1 & others=$$!; \
+	$(TESTS) $(ENGINES); status=$$?; wait $$others || status=1; cat build/test.log; exit $$status
+endif
 
 lint: env
 	$(BIN)/ruff check .

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared cores", deadline=None)  # tests run beside engines: time says nothing
+settings.load_profile("shared cores")
 
 ROOT = Path(__file__).parents[1]
 
