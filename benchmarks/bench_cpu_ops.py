@@ -16,7 +16,6 @@ distinct caches, as layers would.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import commit, cpu_model
+from provenance import commit, cpu_model, save
 
 from quest_vllm.ops import cpu
 
@@ -312,9 +311,7 @@ def main() -> None:
         row = bench_prefill(shape, prompt, max(3, arguments.repeats // 3))
         report["prefill"].append(row)
         print(f"prompt {prompt}: summary update {row['update_share']:.2%} of dense attention alone", flush=True)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, arguments.output)
 
 
 if __name__ == "__main__":

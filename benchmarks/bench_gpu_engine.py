@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import commit
+from provenance import commit, save
 
 # context, batch, budget
 CASES = ((256, 1, 2048), (32768, 1, 2048), (32768, 8, 2048), (131072, 1, 4096), (65536, 4, 2048))
@@ -155,8 +155,7 @@ def main() -> None:
             record["time_to_first_token_ratio"] = base["time_to_first_token"] / record["time_to_first_token"]
         print(record, flush=True)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"benchmark": "gpu_engine", **describe(), "cases": records}, indent=1))
+        save({"benchmark": "gpu_engine", **describe(), "cases": records}, arguments.output)
 
 
 if __name__ == "__main__":

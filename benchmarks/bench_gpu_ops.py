@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import commit
+from provenance import commit, save
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
@@ -223,9 +223,7 @@ def main() -> None:
         "dense_rows": [show(run_dense_case(*case)) for case in DENSE_CASES],
         "writes": [show(run_write(batch)) for batch in (1, 32)],
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    save(document, arguments.output)
 
 
 if __name__ == "__main__":

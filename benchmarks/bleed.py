@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from provenance import commit, cpu_model
+from provenance import commit, cpu_model, save
 
 from quest_vllm.bench.server import machine_environment, quest_command, started
 
@@ -195,11 +195,8 @@ def main() -> int:
         "tolerance": TOLERANCE,
         **found,
     }
-    text = json.dumps(report, indent=1)
-    print(text[:4000])
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    print(json.dumps(report, indent=1)[:4000])
+    save(report, arguments.output)
     return int(bool(found["differences"]) or not found["telling_pairs"])
 
 

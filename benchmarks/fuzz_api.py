@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from provenance import commit
+from provenance import commit, save
 
 SCHEMAS = {
     "/v1/completions": ("CompletionRequest", {"prompt": "x", "max_tokens": 1}),
@@ -242,11 +242,8 @@ def main() -> int:
         "healthy_after": healthy,
         "resident_mib_each_quarter": memory,
     }
-    text = json.dumps(report, indent=1)
-    print(text[:6000])
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    print(json.dumps(report, indent=1)[:6000])
+    save(report, arguments.output)
     return int(bool(findings) or not healthy)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from hf_reference import ReferenceModel, Run, every_page
 from policy_texts import texts
-from provenance import commit
+from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
@@ -132,8 +132,7 @@ def main() -> None:
         "rows": len(chosen) * ROWS,
         "results": results,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    save(document, arguments.output)
     for one in results:
         if one["temperature"] == 1.0 and one["budget"] == 1024:
             print(json.dumps(one))

@@ -16,7 +16,6 @@ of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masse
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from hf_reference import Prefix, ReferenceModel, Run
 from policy_texts import Question, Text, needles, texts
-from provenance import commit
+from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
@@ -358,9 +357,7 @@ def main() -> None:
         add_gap_closed(results)
         for one in results[1:]:
             one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)
-        if arguments.output:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
+        save(document | {"results": results}, arguments.output)
     print("\n".join(map(show, results)))
 
 

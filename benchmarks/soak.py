@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from provenance import commit, cpu_model
+from provenance import commit, cpu_model, save
 from soak_load import ACTIONS, Load, Tally, schema_fields
 
 from quest_vllm.bench.server import machine_environment, quest_command, started
@@ -242,9 +242,7 @@ def main() -> int:
     }
     problems = verdict(report) + ([f"SIGTERM ended it with {code}"] if code else [])
     report["verdict"] = problems or "clean"
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, arguments.output)
     print(json.dumps({**report, "memory_samples": "in the file", "findings": report["findings"][:5]}, indent=1))
     return int(bool(problems))
 

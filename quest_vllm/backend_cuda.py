@@ -281,8 +281,6 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             shape=self._shape(vllm_config),
             page_summary=self.config.page_summary,
         )
-        # the fused CUDA launches know no other kind of summary, and take no argument for it
-        self._summary: dict[str, Any] = {} if self._ops.name == "cuda" else {"page_summary": self.config.page_summary}
         self._views = BoundViews(self.head_size, self.config.page_size)
         self._writer: tuple[PageViews, Callable[..., None]] | None = None
         self._attend = compat.flash_attn_varlen_func()
@@ -316,7 +314,11 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         )
         if has_summaries:
             self._ops.update_page_summaries(
-                views.keys, views.summaries, slot_mapping, page_size=page_size, **self._summary
+                views.keys,
+                views.summaries,
+                slot_mapping,
+                page_size=page_size,
+                page_summary=self.config.page_summary,
             )
 
     def forward(
@@ -379,7 +381,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             out=output,
-            **self._summary,
+            page_summary=config.page_summary,
         )
 
     def _attend_dense(self, query: torch.Tensor, views: PageViews, metadata: Any, output: torch.Tensor) -> None:

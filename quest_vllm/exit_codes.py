@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
+
+from quest_vllm.errors import EvalUnavailable, QuestError
 
 DONE, SOME_FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 _BAD_USAGE = {USAGE: "bad usage: the message names the flag, what it takes and what it got"}
 _STOPPED = "interrupted (Ctrl-C)"
+
+STOPS = (QuestError, KeyboardInterrupt)
+"""What ends eval, bench and calibrate before their work is done; see :func:`stop`."""
 
 MEANINGS: dict[str, dict[int, str]] = {
     "serve": {
@@ -51,3 +57,13 @@ def help_text(command: str) -> str:
     """The codes of ``command`` for the end of its ``--help``."""
     codes = "; ".join(f"{code} {meaning}" for code, meaning in MEANINGS[command].items())
     return textwrap.fill(f"exit codes: {codes}.", width=118, break_on_hyphens=False)
+
+
+def stop(command: str, why: BaseException, interrupted: str | None = None) -> int:
+    """Say on standard error what of :data:`STOPS` ended ``command``; returns its code. None: Ctrl-C without a word."""
+    if isinstance(why, KeyboardInterrupt):
+        if interrupted is not None:
+            print(f"\nquest-vllm {command}: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"quest-vllm {command}: {why}", file=sys.stderr)
+    return UNAVAILABLE if isinstance(why, EvalUnavailable) else USAGE

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quest_vllm.bench.plan import AGAINST, FEWEST_TOKENS, Options
-from quest_vllm.errors import QuestError
 from quest_vllm.eval.cli import budget_list, number, numbers
-from quest_vllm.eval.plan import EvalUnavailable
-from quest_vllm.exit_codes import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, help_text
+from quest_vllm.exit_codes import DONE, SOME_FAILED, STOPS, help_text, stop
 
 DESCRIPTION = """\
 Measure what a token budget saves in time: latency and throughput over context lengths, batch sizes and budgets, each
@@ -146,15 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     command = shlex.join(["quest-vllm", "bench", *arguments])
     try:
         sweep = bench(options, command)
-    except EvalUnavailable as problem:
-        print(f"quest-vllm bench: {problem}", file=sys.stderr)
-        return UNAVAILABLE
-    except QuestError as problem:
-        print(f"quest-vllm bench: {problem}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("\nquest-vllm bench: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except STOPS as why:
+        return stop("bench", why, "interrupted")
     if sweep.failed:
         first = next(record["error"] for record in sweep.rounds if "error" in record)
         print(f"quest-vllm bench: {sweep.failed} rounds failed, the first with {first}", file=sys.stderr)

@@ -25,9 +25,9 @@ from quest_vllm.bench.server import (
     stock_environment,
 )
 from quest_vllm.bench.summary import render, summarise
-from quest_vllm.errors import QuestValueError
+from quest_vllm.errors import EvalUnavailable, QuestValueError
 from quest_vllm.eval.http_runner import RequestFailed
-from quest_vllm.eval.plan import DENSE, EvalUnavailable
+from quest_vllm.eval.plan import DENSE
 from quest_vllm.eval.progress import Progress
 from quest_vllm.eval.prompts import load_codec
 from quest_vllm.eval.run import environment

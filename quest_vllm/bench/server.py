@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from quest_vllm.eval.plan import EvalUnavailable
+from quest_vllm.errors import EvalUnavailable
 
 PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "stat_logger", "io_processor"))
 LOCAL = "127.0.0.1"

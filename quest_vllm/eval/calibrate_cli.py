@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from quest_vllm.config import QuestConfig, load_config
-from quest_vllm.errors import QuestError, QuestValueError
+from quest_vllm.errors import QuestValueError
 from quest_vllm.eval.calibrate import Task, calibrate
 from quest_vllm.eval.cli import json_object, number
 from quest_vllm.eval.engine_runner import engine_args, policy, start_engine, stop_engine
 from quest_vllm.eval.library import Library
-from quest_vllm.eval.plan import DECODE, DENSE, EvalUnavailable, Plan
+from quest_vllm.eval.plan import DECODE, DENSE, Plan
 from quest_vllm.eval.prompts import load_codec
 from quest_vllm.eval.run import environment
 from quest_vllm.eval.text import TEXT, TextSource, load_text
-from quest_vllm.exit_codes import DONE, INTERRUPTED, UNAVAILABLE, USAGE, help_text
+from quest_vllm.exit_codes import DONE, STOPS, help_text, stop
 from quest_vllm.model_settings import file_name, packaged_models_dir, search_dirs
 
 DESCRIPTION = "Find which layers of a model must stay dense, by measured KL, and keep the answer for serving."
@@ -82,14 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     output = parsed.output or default_output(parsed.model)
     try:
         document = _run(parsed, shlex.join(["quest-vllm", "calibrate", *arguments]))
-    except EvalUnavailable as problem:
-        print(f"quest-vllm calibrate: {problem}", file=sys.stderr)
-        return UNAVAILABLE
-    except QuestError as problem:
-        print(f"quest-vllm calibrate: {problem}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except STOPS as why:
+        return stop("calibrate", why)
     _write(output, document)
     print(_verdict(document))
     print(f"written: {output}")

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quest_vllm.errors import QuestError
-from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, EvalUnavailable, Plan
+from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, Plan
 from quest_vllm.eval.run import evaluate
 from quest_vllm.eval.session import Options
 from quest_vllm.eval.tasks import TASKS
 from quest_vllm.eval.text import CONTINUATION, TEXT
-from quest_vllm.exit_codes import DONE, INTERRUPTED, SOME_FAILED, UNAVAILABLE, USAGE, help_text
+from quest_vllm.exit_codes import DONE, SOME_FAILED, STOPS, help_text, stop
 
 DESCRIPTION = "Measure what a token budget costs in quality: scores, KL and text against dense attention, same run."
 EPILOG = f"""\
@@ -213,15 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     command = shlex.join(["quest-vllm", "eval", *arguments])
     try:
         outcome = evaluate(options, command)
-    except EvalUnavailable as problem:
-        print(f"quest-vllm eval: {problem}", file=sys.stderr)
-        return UNAVAILABLE
-    except QuestError as problem:
-        print(f"quest-vllm eval: {problem}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("\nquest-vllm eval: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    except STOPS as why:
+        return stop("eval", why, "interrupted; the same command goes on from here")
     if outcome.failed:
         print(f"quest-vllm eval: {outcome.failed} measurements failed; the same command retries them", file=sys.stderr)
         return SOME_FAILED

@@ -14,11 +14,11 @@ from typing import Any
 
 from quest_vllm.budget import XARG
 from quest_vllm.config import QuestConfig, load_config
-from quest_vllm.errors import QuestError, QuestValueError
+from quest_vllm.errors import EvalUnavailable, QuestError, QuestValueError
 from quest_vllm.eval.distributions import compare, mean_nll, new_record
 from quest_vllm.eval.forcing import FORCED, PROMPT_LENGTH, RECORD
 from quest_vllm.eval.library import Library, score
-from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, EvalUnavailable, ResultStore, Unit
+from quest_vllm.eval.plan import DECODE, DENSE, PREFILL, ResultStore, Unit
 from quest_vllm.eval.progress import Progress
 from quest_vllm.eval.prompts import Item, load_codec
 from quest_vllm.eval.session import Options, Session, open_session

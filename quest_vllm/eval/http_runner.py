@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from quest_vllm.budget import XARG
-from quest_vllm.errors import QuestValueError
+from quest_vllm.errors import EvalUnavailable, QuestValueError
 from quest_vllm.eval.library import Library, score
-from quest_vllm.eval.plan import DECODE, PREFILL, EvalUnavailable, ResultStore, Unit
+from quest_vllm.eval.plan import DECODE, PREFILL, ResultStore, Unit
 from quest_vllm.eval.progress import Progress
 from quest_vllm.eval.prompts import load_codec
 from quest_vllm.eval.session import Options, Session, open_session

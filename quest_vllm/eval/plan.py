@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quest_vllm.errors import QuestError, QuestValueError
+from quest_vllm.errors import QuestValueError
 
 DENSE = 0
 """The budget that means dense attention."""
 PREFILL, DECODE = "prefill", "decode"
 """How the model reads the question: in the (dense) prefill, or token by token in (sparse) decode."""
-
-
-class EvalUnavailable(QuestError):
-    """The endpoint or the engine cannot be used; nothing is wrong with the command line."""
 
 
 class Unit(NamedTuple):

@@ -31,7 +31,7 @@ class Outcome:
 def evaluate(options: Options, command: str) -> Outcome:
     """Run what is not done yet and write all files.
 
-    Raises :class:`QuestValueError` for options that cannot be, and :class:`~quest_vllm.eval.plan.EvalUnavailable` for
+    Raises :class:`QuestValueError` for options that cannot be, and :class:`~quest_vllm.errors.EvalUnavailable` for
     a target that cannot be used.
     """
     source = _text_source(options)

@@ -144,10 +144,7 @@ def _triton() -> Ops:
 def _cuda(shape: LayerShape | None, page_summary: str) -> Ops:
     from quest_vllm.ops import cuda
 
-    if page_summary != "min_max":
-        raise ImplementationUnavailable(
-            f"cuda: page_summary: expected min_max, got {page_summary}, which implementation triton has"
-        )
+    cuda.check_page_summary(page_summary)
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)

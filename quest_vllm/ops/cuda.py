@@ -83,6 +83,12 @@ def check_layer(head_dim: int, rows: int, page_size: int, block_size: int, dtype
         )
 
 
+def check_page_summary(page_summary: str) -> None:
+    """Raise :class:`KernelsUnavailable` for summaries that the kernels do not know."""
+    if page_summary != "min_max":
+        raise KernelsUnavailable(f"page_summary: expected min_max, got {page_summary}, which implementation triton has")
+
+
 def _most_rows(head_dim: int) -> int:
     return 8 if head_dim > 128 else 16
 
@@ -258,6 +264,7 @@ def quest_decode(
     softcap: float = 0.0,
     group_reduction: str = "max",
     bound_radius: float = 1.0,
+    page_summary: str = "min_max",
     sink_pages: int = 1,
     recent_pages: int = 2,
     out: torch.Tensor | None = None,
@@ -274,6 +281,7 @@ def quest_decode(
     num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
     (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
+    check_page_summary(page_summary)
     params, shape = _common(
         query,
         key_cache,
@@ -310,9 +318,11 @@ def score_pages(
     group_reduction: str = "max",
     bound_radius: float = 1.0,
     scale: float = 1.0,
+    page_summary: str = "min_max",
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Run the score stage alone; see :func:`quest_vllm.ops.reference.score_pages`."""
+    check_page_summary(page_summary)
     budgets = torch.zeros_like(seq_lens)
     per_query_head = group_reduction == "per_query_head"
     params, shape = _common(query, summaries, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
@@ -433,12 +443,18 @@ def summary_params(
 
 
 def update_page_summaries(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    page_summary: str = "min_max",
 ) -> None:
     """Refresh the summaries alone; see :func:`quest_vllm.ops.reference.update_page_summaries`.
 
     The tokens of one page must lie within ``page_size`` positions of one another in ``slot_mapping``.
     """
+    check_page_summary(page_summary)
     params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size)
     _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 

@@ -17,7 +17,7 @@ from quest_vllm.bench.prompts import MARK_TOKENS, Prompts
 from quest_vllm.bench.server import serve_flags, started, stock_environment
 from quest_vllm.bench.summary import percentiles
 from quest_vllm.cli import main
-from quest_vllm.eval.plan import EvalUnavailable
+from quest_vllm.errors import EvalUnavailable
 from quest_vllm.eval.prompts import Codec, load_codec
 from quest_vllm.eval.text import load_text
 from tests.eval.endpoint import FakeEndpoint, budget_of, fake_endpoint

@@ -13,12 +13,13 @@ import torch
 
 from quest_vllm.cli import main
 from quest_vllm.config import load_config
+from quest_vllm.errors import EvalUnavailable
 from quest_vllm.eval import engine_runner
 from quest_vllm.eval.distributions import compare, mean_nll, new_record
 from quest_vllm.eval.engine_runner import EngineRunner, batches, request
 from quest_vllm.eval.forcing import FORCED, PROMPT_LENGTH, RECORD, ForcedTokens
 from quest_vllm.eval.library import Library
-from quest_vllm.eval.plan import EvalUnavailable, Plan, ResultStore, Unit
+from quest_vllm.eval.plan import Plan, ResultStore, Unit
 from quest_vllm.eval.prompts import Codec, build_item
 from quest_vllm.eval.text import TEXT, load_text
 from tests.eval.conftest import MAX_MODEL_LEN
