@@ -57,7 +57,7 @@ __attribute__((noinline)) void encode_page(const Vec* keys, int64_t dim, int64_t
     const VecI swap = high_b - low_b > high_a - low_a;
     const Vec low = swap ? low_b : low_a;
     const VecU step_code = to_fp8(((swap ? high_b : high_a) - low) * 0.25f);
-    const VecU rest = to_fp8(((swap ? low_a : low_b) + (swap ? high_a : high_b)) * 0.5f);
+    const VecU rest = to_fp8(((swap ? low_a : low_b) + (swap ? high_a : high_b)) * 0.5f + splat(0.0f));  // no -0
     const Vec step = fp8_magnitude(step_code & 0x7fu);
     uint16_t rounded[kLanes];
     store(reinterpret_cast<BFloat16*>(rounded), low + step * 0.5f);

@@ -15,8 +15,8 @@ D = head_dim, a page's first 4 * D bytes hold
     base   [D / 2]             bfloat16        of pair p; pairs 0 .. D/4 - 1 start at channel p, the others at p + D/4
     step   [D / 2]             float8_e4m3fn   the sign bit says that the second channel of the pair is coded
     rest   [D / 2]             float8_e4m3fn   of the other channel, saturated at 448
-    codes  [D / 32, 16] words  uint32          of token t in word (w, t): pair 16 w + 2 i in bits 2 i and 2 i + 1, pair
-                                               16 w + 2 i + 1 sixteen bits above: ``word >> 2 i`` begins two 16-bit lanes
+    codes  [D / 32, 16] words  uint32          word (w, t) of token t: pair 16 w + 2 i in bits 2 i and 2 i + 1, and
+                                               16 w + 2 i + 1 sixteen bits above, so that a shift serves two lanes
 
 A page's score for a query head is the log of the attention mass that the estimates promise its tokens: the log-sum-exp
 of ``scale * q.k`` over those of its tokens that the request has. Knows tensors only.
@@ -79,14 +79,15 @@ def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     low = torch.where(second, second_low, first_low)
     step = _to_fp8((torch.where(second, second_high, first_high) - low) * 0.25)
     base = _to_bfloat16(low + step.float() * 0.5)
-    rest = _to_fp8((torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)) * 0.5)
+    middle = torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)
+    rest = _to_fp8(middle * 0.5 + 0.0)  # which zero a minimum is differs between implementations
     coded = torch.where(second[..., None, :], *reversed(split_pairs(keys)))  # [..., 16, D / 2]
     levels = (coded - base.float()[..., None, :]) / step.float()[..., None, :]
     levels = torch.where(levels > 0, levels.clamp(max=3), 0.0).round().long()  # NaN is none; ties go to even
     levels = levels.masked_fill((step.float() == 0)[..., None, :] | hidden, 0)
     shifts = torch.tensor(FIELD_SHIFTS, device=keys.device)
     words = (levels.unflatten(-1, (-1, 16)) << shifts).sum(-1).transpose(-1, -2)  # [..., D / 32, 16]
-    signed = step.view(torch.uint8) | second.to(torch.uint8) << 7
+    signed = step.view(torch.uint8) & 127 | second.to(torch.uint8) << 7
     parts = (base.view(torch.uint8), signed, rest.view(torch.uint8), _little_endian(words).flatten(-3))
     return torch.cat(parts, dim=-1)
 

@@ -143,7 +143,7 @@ def encode_pages_kernel(
             word = start + 16 * tl.arange(0, CHUNK // 16)[None, :] + tokens[:, None]
             tl.store(out.to(tl.pointer_type(tl.int16)) + pair, base_bits.to(tl.int16))
             tl.store(out + HEAD_DIM + pair, (step_code | tl.where(swap, 0x80, 0)).to(tl.uint8))
-            tl.store(out + HEAD_DIM + HEAD_DIM // 2 + pair, to_fp8(rest_sum * 0.5).to(tl.uint8))
+            tl.store(out + HEAD_DIM + HEAD_DIM // 2 + pair, to_fp8(rest_sum * 0.5 + 0.0).to(tl.uint8))
             tl.store(out.to(tl.pointer_type(tl.int32)) + HEAD_DIM // 2 + word, words)
 
 
