@@ -1,9 +1,9 @@
 """Several GPUs of one host: time per output token under tensor parallelism, this plugin against FLASH_ATTN, and checks.
 
-usage: bench_gpu_tp.py --gpus N [--layers 8] [--parts main,scaling] [--quick] [--output FILE.json]
+usage: bench_gpu_tp.py --gpus N [--layers 8] [--parts main,scaling,checks] [--quick] [--output FILE.json]
 
 main: a Llama-3.1-70B shape with dummy weights at tensor parallel N, 128K of context, batches 16, 4 and 1, budgets 2K
-and 4K, decode CUDA graphs. scaling: batches 4 and 1 at 1, 2, 4, ... < N GPUs.
+and 4K, decode CUDA graphs. scaling: batches 4 and 1 at 1, 2, 4, ... < N GPUs. checks: check_tp.py.
 
 Every layer costs the same, so fewer layers than 80 are enough, and are in the result; the first two are dense
 (`dense_layers`), which weighs more among few. Each backend's engine runs alone, in a process group of its own. It
@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import check_tp
 from engine_case import LLAMA_8B, LLAMA_70B, add_ratios, describe, write_config
 from process_group import last_lines, run_group
 from provenance import save
@@ -303,7 +304,6 @@ def environment(cuda: bool) -> dict[str, str]:
     found = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_HOST_IP": "127.0.0.1",
         # no NVLink multicast: hosts may forbid it, and what is compared does not need it
         "NCCL_NVLS_ENABLE": "0",
@@ -351,7 +351,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", type=numbers)
     parser.add_argument("--context", type=int)
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
-    parser.add_argument("--parts", default="main,scaling", help="of main and scaling")
+    parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 4 and 1")
@@ -375,12 +375,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Run the parts one after the other."""
+def main() -> int:
+    """Run the parts one after the other; 1 where an engine ended early or a check failed."""
     arguments = parse()
     if arguments.child:
         child(arguments.child)
-        return
+        return 0
     wanted = arguments.parts.split(",")
     head = {"model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape", "shape_layers": 80}
     results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers})
@@ -392,8 +392,12 @@ def main() -> None:
         for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
             for plan in plans(arguments, gpus, fewer):
                 run_plan(plan, results, arguments.limit)
+    if "checks" in wanted:
+        check_tp.run(arguments, results, environment(arguments.cuda))
     results.write()
+    well = [engine["exit_status"] == 0 for engine in results.engines]
+    return 0 if all([*well, *(verdict["ok"] for verdict in results.checks.values())]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
