@@ -7,9 +7,9 @@ and 4K, decode CUDA graphs. scaling: batches 4 and 1 at 1, 2, 4, ... < N GPUs. c
 
 Every layer costs the same, so fewer layers than 80 are enough, and are in the result; the first two are dense
 (`dense_layers`), which weighs more among few. Each backend's engine runs alone, in a process group of its own. It
-prefills every prompt once, alone, which is the time to first token; then the same prompts are decoded from the prefix
-cache, each from its own pages: all of them, then 4, then 1, as the answers end. A case's time per output token is the
-median interval between the outputs of successive steps in which exactly its rows decode.
+prefills every prompt once, alone: the median is the time to first token. Then the same prompts are decoded from the
+prefix cache, each from its own pages: all of them, then 4, then 1, as the answers end. A case's time per output token
+is the median interval between the outputs of successive steps in which exactly its rows decode.
 
 The result is saved after every case. Without a GPU the script rehearses itself with a tiny shape on the CPU.
 """
@@ -56,6 +56,7 @@ class Plan:
     batches: tuple[int, ...]
     budgets: tuple[int, ...]
     steps: int
+    dense_layers: tuple[int, ...]
     custom_all_reduce: bool
     cuda: bool
 
@@ -82,6 +83,7 @@ def engine_settings(plan: Plan) -> dict[str, Any]:
         "disable_log_stats": True,
         "disable_custom_all_reduce": not plan.custom_all_reduce,
         "seed": 0,
+        "additional_config": {"quest": {"dense_layers": [*plan.dense_layers]}},
     }
     if plan.gpus > 1:
         settings["distributed_executor_backend"] = "mp"
@@ -204,7 +206,8 @@ def measure(plan: Plan, report: Any) -> None:
                     "time_per_output_token": statistics.median(found),
                     "quartiles": statistics.quantiles(found, n=4),
                     "steps": len(found),
-                    "time_to_first_token": statistics.median(first_token[:batch]),
+                    "dense_layers": plan.dense_layers if plan.sparse else None,
+                    "time_to_first_token": statistics.median(first_token),
                     "cached_tokens": cached,
                     "prompt_tokens": length,
                 }
@@ -216,7 +219,7 @@ def child(text: str) -> None:
     """Measure the plan that ``text`` holds as JSON; every report is a line of the file that it names."""
     values = json.loads(text)
     reports = Path(values.pop("reports"))
-    plan = Plan(**values | {key: tuple(values[key]) for key in ("batches", "budgets")})
+    plan = Plan(**values | {key: tuple(values[key]) for key in ("batches", "budgets", "dense_layers")})
 
     def report(record: dict[str, Any]) -> None:
         with reports.open("a") as file:
@@ -304,6 +307,7 @@ def environment(cuda: bool) -> dict[str, str]:
     found = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_HOST_IP": "127.0.0.1",
         # no NVLink multicast: hosts may forbid it, and what is compared does not need it
         "NCCL_NVLS_ENABLE": "0",
@@ -328,6 +332,7 @@ def plans(arguments: argparse.Namespace, gpus: int, batches: tuple[int, ...]) ->
             batches=batches,
             budgets=tuple(arguments.budgets),
             steps=arguments.steps,
+            dense_layers=tuple(arguments.dense_layers),
             custom_all_reduce=not arguments.no_custom_all_reduce,
             cuda=cuda,
         )
@@ -342,8 +347,6 @@ def numbers(text: str) -> list[int]:
 
 def parse() -> argparse.Namespace:
     """Command line, with what it leaves open filled in."""
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1, help="how many GPUs, all in one tensor parallel group")
     parser.add_argument("--layers", type=int, help="of the shape's 80")
@@ -351,6 +354,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", type=numbers)
     parser.add_argument("--context", type=int)
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
+    parser.add_argument("--dense-layers", type=numbers, default=[0, 1], help="layers that never select; default 0,1")
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
@@ -359,6 +363,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.child:
+        return arguments
+    import torch
+
     arguments.cuda = torch.cuda.is_available()
     if arguments.cuda and not 1 <= arguments.gpus <= torch.cuda.device_count():
         parser.error(f"--gpus: expected 1 to {torch.cuda.device_count()}, got {arguments.gpus}")

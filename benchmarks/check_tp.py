@@ -62,8 +62,9 @@ def write_model(folder: Path, query_heads: int, kv_heads: int, cuda: bool) -> Pa
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    hidden = 64 * query_heads if cuda else 128
     changes = {
-        "hidden_size": 64 * query_heads if cuda else 128,
+        "hidden_size": hidden,
         "intermediate_size": 256 if not cuda else 128 * query_heads,
         "num_hidden_layers": 4,
         "num_attention_heads": query_heads,
@@ -71,7 +72,7 @@ def write_model(folder: Path, query_heads: int, kv_heads: int, cuda: bool) -> Pa
         "head_dim": 64,
         "vocab_size": 512,
         "max_position_embeddings": MAX_MODEL_LEN,
-        "initializer_range": 0.15,
+        "initializer_range": 0.15 * (128 / hidden) ** 0.5,
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA_8B | changes))
@@ -263,6 +264,8 @@ def faults_of(found: dict[str, Any], kv_heads: int, copies: int = 1) -> list[str
         ranks = [RankSelections(**rank) for rank in found["ranks"]]
         faults += disagreements(ranks, kv_heads)
         pages = sum(rank.num_pages for rank in ranks)
+        if not all(rank.stored_tokens for rank in ranks):
+            faults.append("a rank had no running request's keys to compare")
         if pages != found["metrics"].get("quest_pages_selected_total"):
             faults.append(f"pages: ranks selected {pages}, metrics say {found['metrics']}")
     return faults
@@ -289,6 +292,8 @@ def compare(one: dict[str, Any], many: dict[str, Any], kv_heads: int, tie: float
         faults.append(f"pages selected: {verdict['pages_selected']}")
     if exact and verdict["heads_with_equal_selections"] != heads:
         faults.append(f"selections: {verdict['heads_with_equal_selections']} of {heads} heads equal")
+    if 8 * sum(verdict["agreed_tokens"]) < STEPS * len(LENGTHS):
+        faults.append(f"answers agree for {verdict['agreed_tokens']} tokens alone")
     if verdict["widest_gap"] > tie:
         faults.append(f"answers part where tokens are {verdict['widest_gap']:.3f} apart, ties are up to {tie:.3f}")
     return {"ok": not faults, "faults": faults, "tie": tie, **verdict}

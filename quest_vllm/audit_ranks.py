@@ -31,12 +31,13 @@ class RankSelections:
 
     ``heads``: of the pages of every row and step, one hash for each head that selects. ``rows``: of the rows' lengths
     and page budgets. ``stored``: of the keys and summaries in the full blocks of the running requests, one for each KV
-    head. ``num_pages`` counts the pages of all rows, heads and layers.
+    head, and ``stored_tokens`` how many tokens those are. ``num_pages`` counts the pages of all rows, heads and layers.
     """
 
     tensor_rank: int
     stage: int
     num_pages: int = 0
+    stored_tokens: int = 0
     heads: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
     stored: dict[str, list[str]] = field(default_factory=dict)
@@ -95,7 +96,7 @@ def recorded_selections(worker: Any) -> RankSelections:
             found.rows[name] = recorder.rows.hexdigest()
             found.num_pages += recorder.num_pages
         if not has_window(layer.impl):
-            found.stored[name] = _stored(worker, name, layer)
+            found.stored[name], found.stored_tokens = _stored(worker, name, layer)
     return found
 
 
@@ -152,17 +153,19 @@ def _without_padding(selected: torch.Tensor) -> PageLists:
     return [[[page for page in head if page >= 0] for head in row] for row in selected.tolist()]
 
 
-def _stored(worker: Any, name: str, layer: Any) -> list[str]:
+def _stored(worker: Any, name: str, layer: Any) -> tuple[list[str], int]:
+    """Hashes of what the layer's full blocks hold for the running requests, by KV head, and how many tokens."""
     config = layer.impl.config
     views = split_chunks(layer.kv_cache, layer.impl.head_size, config.page_size)
     parts = key_rows(views.keys, layer), stored_summaries(views.summaries, config)
-    hashes = [hashlib.sha256() for _ in range(views.keys.shape[1])]
+    hashes, tokens, block_size = [hashlib.sha256() for _ in range(views.keys.shape[1])], 0, views.keys.shape[2]
     for blocks, length in compat.live_requests(worker, name):
-        full = blocks[: length // views.keys.shape[2]]
+        full = blocks[: length // block_size]
+        tokens += len(full) * block_size
         for head, digest in enumerate(hashes):
             for part in parts:
                 digest.update(part[full, head].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return [digest.hexdigest() for digest in hashes]
+    return [digest.hexdigest() for digest in hashes], tokens
 
 
 def by_head(ranks: Sequence[RankSelections]) -> dict[str, list[str]]:

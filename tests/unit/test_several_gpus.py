@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 def rank(number: int, stage: int = 0, heads: str = "", rows: str = "r", stored: str = "k") -> RankSelections:
     name = f"layer {stage}"
-    return RankSelections(number, stage, 8, {name: [heads or f"h{number}"]}, {name: rows}, {name: [stored]})
+    return RankSelections(number, stage, 8, 16, {name: [heads or f"h{number}"]}, {name: rows}, {name: [stored]})
 
 
 def test_ranks_that_agree() -> None:
