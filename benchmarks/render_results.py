@@ -38,6 +38,23 @@ def engine_lines() -> list[str]:
     return [lines[case] for case in sorted(lines)]
 
 
+def tp_lines() -> list[str]:
+    """Whole-model lines on several GPUs, by bench_gpu_tp.py."""
+    lines = {}  # a case's newest measurement wins
+    for path in sorted((ROOT / "benchmarks/results").glob("h*/*-tp.json")):
+        document = json.loads(path.read_text())
+        for c in document["cases"]:
+            if "speedup" in c:
+                lines[c["gpus"], c["context"], c["batch"], c["budget"]] = (
+                    f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, "
+                    f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output token, "
+                    f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {document['implementation']} kernels | "
+                    f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token "
+                    f"{c['time_to_first_token_ratio']:.2f}x) | [json]({path.relative_to(ROOT)}) |"
+                )
+    return [lines[case] for case in sorted(lines)]
+
+
 def chain_lines(rows: str = "cases") -> list[str]:
     """Attention of one layer on a GPU; ``rows`` "dense_rows": of requests whose budget covers their context."""
     loaded = newest("h*/*-chain.json")
@@ -87,7 +104,7 @@ def cpu_lines() -> list[str]:
 def main() -> None:
     """Replace what stands between the markers."""
     table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
-    table += [*engine_lines(), *chain_lines(), *cpu_lines()]
+    table += [*engine_lines(), *tp_lines(), *chain_lines(), *cpu_lines()]
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)
