@@ -1,0 +1,343 @@
+"""One layer's decode attention on a GPU beside others' page selection, and beside FlashInfer, in one run.
+
+usage: bench_gpu_rivals.py [--cases N] [--only NAME ...] [--extensions FOLDER] [--output FILE.json]
+
+Shapes, clocks and our own chain are bench_gpu_ops.py's. amass-kv and locks-kv (``pip install amass-kv locks-kv``) run
+through their own public functions at equal tokens attended: their budgets, first and newest page included, are ours.
+Their page records hold random codes, since what a record says changes no kernel's work; keys and values are random
+like ours, in the layout their kernels read. What a step does once for all layers is left out for all. ``error`` is the
+largest difference to attention in float32 over the pages that the package chose, in the first row.
+FlashInfer's decode (``pip install flashinfer-python``) is dense.
+
+Packages that are not installed are left out, and the result says so. ``--extensions``: a folder of their CUDA modules,
+built beforehand (NAME.so), for machines where nvcc would take too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_gpu_ops import (
+    CASES,
+    DIM,
+    GROUP,
+    KV_HEADS,
+    PAGE,
+    SCALE,
+    Layers,
+    copy_bandwidth,
+    ratio,
+    show,
+    time_replays,
+)
+from provenance import commit, save
+
+from quest_vllm import compat
+from quest_vllm.ops import cuda
+
+SPLITS = 128  # most splits of a row that both packages allocate in vLLM
+FORCED = 2  # their first and newest page
+WORKSPACE_BYTES = 256 * 2**20
+
+
+@dataclass
+class Chain:
+    """A rival on one shape. ``steps``: one decode step on each layer's cache; ``check``: the first layer's result."""
+
+    steps: list[Callable[[], object]]
+    check: Callable[[], dict[str, float]]
+    keep: list[Any] = field(default_factory=list)
+
+
+def time_steps(steps: list[Callable[[], object]]) -> dict[str, float]:
+    """As ``Layers.time``: microseconds of one layer alone, and among the others."""
+
+    def all_layers() -> None:
+        for step in steps:
+            step()
+
+    return {"alone": time_replays(steps[0]), "in_graph": time_replays(all_layers) / len(steps)}
+
+
+def without_plugin(package: str) -> None:
+    """Let ``package.backend`` be a bare package: importing it would import the hooks into vLLM, of other versions."""
+    name = f"{package}.backend"
+    if name not in sys.modules:
+        bare = types.ModuleType(name)
+        bare.__path__ = [str(Path(folder) / "backend") for folder in importlib.import_module(package).__path__]
+        sys.modules[name] = bare
+
+
+def token_major_caches(layers: Layers) -> list[torch.Tensor]:
+    """``[blocks, 2, page_size, KV heads, head_dim]`` of every layer: vLLM's own layout."""
+    blocks = layers.table.numel()
+    size = (blocks, 2, PAGE, KV_HEADS, DIM)
+    return [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in layers.views]
+
+
+def fill(*tensors: torch.Tensor) -> None:
+    """Random codes for integers, small positive scales for the rest."""
+    for tensor in tensors:
+        if tensor.dtype == torch.uint8:
+            tensor.random_(0, 256)
+        elif tensor.dtype == torch.int8:
+            tensor.random_(-127, 128)
+        else:
+            tensor.uniform_(0.005, 0.02)
+
+
+def selection_error(layers: Layers, state: Any, cache: torch.Tensor, output: torch.Tensor) -> dict[str, float]:
+    """Pages attended, mean over rows and heads, and the error of the first row against float32 over those pages."""
+    counts = state.page_cnt[: layers.batch]
+    query = layers.query[0].float().view(KV_HEADS, GROUP, DIM)
+    worst = 0.0
+    for head in range(KV_HEADS):
+        pages = state.page_table[0, head, : int(counts[0, head])].long()
+        rows = cache[layers.table[0].long()[pages], :, :, head].float()  # [pages, 2, page_size, head_dim]
+        keys, values = (rows[:, part].flatten(0, 1) for part in (0, 1))
+        expected = torch.softmax(query[head] @ keys.T * SCALE, dim=-1) @ values
+        worst = max(worst, float((output[0].view(KV_HEADS, GROUP, DIM)[head].float() - expected).abs().max()))
+    return {"pages_attended": float(counts.float().mean()), "error": worst}
+
+
+def amass(layers: Layers, budget: int, combine: str = "nrm") -> Chain:
+    """amass-kv with its quadratic page score, int4, and its CUDA kernels; ``combine``: "nrm" is its default."""
+    without_plugin("amass")
+    from amass.attention.decode import ResidentVSource, ensure_stage_b_buffers
+    from amass.attention.decode_cuda import sparse_paged_decode_batched_cuda
+    from amass.selection import QuadState, derive_page_params
+    from amass.selection.quad_score_cuda import quad_score_cuda
+    from amass.selection.select_cuda import topb_select_cuda
+
+    chosen = budget // PAGE - FORCED
+    caches = token_major_caches(layers)
+    state = QuadState(
+        "cuda",
+        num_layers=len(caches),
+        num_blocks=layers.table.numel(),
+        n_kv=KV_HEADS,
+        G=GROUP,
+        head_dim=DIM,
+        page=PAGE,
+        max_reqs=layers.batch,
+        max_pages=layers.blocks,
+        budget=(chosen - 0.5) / (layers.blocks - FORCED),  # rounded up to whole pages there
+        v_bits=4,
+        combine=combine,
+    )
+    state.D, state.scale = state.d, SCALE
+    ensure_stage_b_buffers(state, "cuda", SPLITS)
+    fill(state.quad_mu, state.mu_scale, state.quad_V, state.V_scale, state.quad_sig2)
+    derive_page_params(state, layers.lengths, layers.batch)
+    output = torch.empty_like(layers.query)
+
+    def step(layer: int) -> None:
+        rows = (layers.query, layers.table, layers.lengths)
+        quad_score_cuda(state, layer, *rows, layers.batch, SCALE)
+        topb_select_cuda(state, layers.batch)
+        source = ResidentVSource(caches[layer])
+        sparse_paged_decode_batched_cuda(
+            layers.query, caches[layer], layers.table, layers.lengths, state, output, source, scale=SCALE
+        )
+
+    def check() -> dict[str, float]:
+        step(0)
+        return selection_error(layers, state, caches[0], output)
+
+    return Chain([lambda layer=layer: step(layer) for layer in range(len(caches))], check)
+
+
+def locks(layers: Layers, budget: int, cuda_decode: bool = False) -> Chain:
+    """locks-kv as its dispatch table has it (CUDA score and selection, Triton attention), or CUDA attention too."""
+    without_plugin("locks")
+    from locks.attention.decode import ResidentVSource, ensure_stage_b_buffers, sparse_paged_decode_batched
+    from locks.attention.decode_cuda import sparse_paged_decode_batched_cuda
+    from locks.selection.rki4_score_cuda import rki4_score_state
+    from locks.selection.rki4_state import Rki4State
+    from locks.selection.select import derive_page_params
+
+    caches = token_major_caches(layers)
+    state = Rki4State(
+        "cuda",
+        num_layers=len(caches),
+        num_blocks=layers.table.numel(),
+        n_kv=KV_HEADS,
+        G=GROUP,
+        head_dim=DIM,
+        page=PAGE,
+        max_reqs=layers.batch,
+        max_pages=layers.blocks,
+        budget_pages=budget // PAGE - FORCED,
+    )
+    state.D, state.scale = state.d, SCALE
+    ensure_stage_b_buffers(state, "cuda", SPLITS)
+    fill(state.pp_v4, state.pp_vs, state.pp_c8, state.pp_cs, state.pp_mu8, state.pp_mus)
+    derive_page_params(state, layers.lengths, layers.batch)
+    output = torch.empty_like(layers.query)
+    attend = sparse_paged_decode_batched_cuda if cuda_decode else sparse_paged_decode_batched
+
+    def step(layer: int) -> None:
+        rows = (layers.table, layers.lengths)
+        rki4_score_state(state, layer, layers.query, *rows, layers.batch, SCALE)
+        source = ResidentVSource(caches[layer])
+        attend(layers.query, caches[layer], *rows, state, output, source, scale=SCALE)
+
+    def check() -> dict[str, float]:
+        step(0)
+        return selection_error(layers, state, caches[0], output)
+
+    return Chain([lambda layer=layer: step(layer) for layer in range(len(caches))], check)
+
+
+def flashinfer(layers: Layers, budget: int, tensor_cores: bool = True) -> Chain:
+    """FlashInfer's paged decode over the whole context; ``budget`` is not used."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    blocks = layers.table.numel()
+    size = (blocks, 2, KV_HEADS, PAGE, DIM)
+    caches = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in layers.views]
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    indptr = layers.starts * layers.blocks
+    last = layers.ints([PAGE] * layers.batch)
+    indices = layers.table.flatten().contiguous()
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        workspace,
+        "HND",
+        use_cuda_graph=True,
+        use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=indptr.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last.clone(),
+    )
+    shape = (KV_HEADS * GROUP, KV_HEADS, DIM, PAGE)
+    dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    wrapper.plan(indptr, indices, last, *shape, sm_scale=SCALE, **dtypes)
+    output = torch.empty_like(layers.query)
+
+    def check() -> dict[str, float]:
+        wrapper.run(layers.query, caches[0], out=output)
+        rows = caches[0][layers.table[0].long()].float()  # [pages, 2, KV heads, page_size, head_dim]
+        keys, values = (rows[:, part].transpose(0, 1).flatten(1, 2) for part in (0, 1))
+        query = layers.query[0].float().view(KV_HEADS, GROUP, DIM)
+        expected = torch.softmax(query @ keys.transpose(1, 2) * SCALE, dim=-1) @ values
+        return {"error": float((output[0].float() - expected.flatten(0, 1)).abs().max())}
+
+    steps = [lambda cache=cache: wrapper.run(layers.query, cache, out=output) for cache in caches]
+    return Chain(steps, check, [workspace, wrapper])
+
+
+# name: distribution, builder
+RIVALS: dict[str, tuple[str, Callable[[Layers, int], Chain]]] = {
+    "amass_quad": ("amass-kv", amass),
+    "amass_quad_max": ("amass-kv", lambda layers, budget: amass(layers, budget, "max")),
+    "locks": ("locks-kv", locks),
+    "locks_cuda": ("locks-kv", lambda layers, budget: locks(layers, budget, cuda_decode=True)),
+    "flashinfer": ("flashinfer-python", flashinfer),
+    "flashinfer_cuda_cores": ("flashinfer-python", lambda layers, budget: flashinfer(layers, budget, False)),
+}
+
+
+def measure(build: Callable[[Layers, int], Chain], layers: Layers, budget: int) -> dict[str, Any]:
+    """Times and correctness of one rival on one shape, or why it did not run."""
+    torch.cuda.empty_cache()
+    try:
+        chain = build(layers, budget)
+        checked = chain.check()
+        return {**time_steps(chain.steps), **checked}
+    except Exception as error:  # another project's code on a shape it may not know: the other rivals go on
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def run_case(batch: int, context: int, budget: int, bandwidth: float, names: list[str]) -> dict[str, Any]:
+    """Time one shape: FlashAttention 3, ours, and every rival."""
+    bytes_read = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
+    layers = Layers(batch, context, bytes_read)
+    budgets = layers.ints([budget // PAGE] * batch)
+    case: dict[str, Any] = {"batch": batch, "context": context, "budget": budget, "layers": len(layers.views)}
+    case["fa3"] = layers.time(layers.dense)
+    case["quest"] = layers.time(lambda views: layers.quest(views, cuda, budgets))
+    case["limit"] = bytes_read / bandwidth
+    layers.views = layers.views[:1] * len(layers.views)  # rivals bring caches of their own
+    case["rivals"] = {name: measure(RIVALS[name][1], layers, budget) for name in names}
+    case["quest_speedup"] = {"fa3": ratio(case["fa3"], case["quest"])} | {
+        name: ratio({way: found[way] for way in case["quest"]}, case["quest"])
+        for name, found in case["rivals"].items()
+        if "failed" not in found
+    }
+    return case
+
+
+def use_prebuilt(folder: Path) -> None:
+    """Let PyTorch's ``load_inline`` take ``folder``/NAME.so where that exists, instead of building NAME."""
+    from torch.utils import cpp_extension
+
+    build = cpp_extension.load_inline
+
+    def load(name: str, *arguments: Any, **settings: Any) -> Any:
+        path = folder / f"{name}.so"
+        if not path.exists():
+            print(f"{path}: not there; building it", flush=True)
+            return build(name, *arguments, **settings)
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_loader(name, loader, origin=str(path))
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+
+    cpp_extension.load_inline = load
+
+
+def installed(names: list[str]) -> dict[str, str | None]:
+    """The version of each named rival's distribution; None: not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        distribution = RIVALS[name][0]
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[distribution] = None
+    return found
+
+
+def main() -> None:
+    """Run every shape and write one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
+    parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--extensions", type=Path, help="folder of CUDA modules built beforehand")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.extensions:
+        use_prebuilt(arguments.extensions)
+    versions = installed(arguments.only)
+    names = [name for name in arguments.only if versions[RIVALS[name][0]]]
+    bandwidth = copy_bandwidth()
+    cases = [show(run_case(*case, bandwidth, names)) for case in CASES[: arguments.cases]]
+    document = {
+        "benchmark": "gpu_rivals",
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": compat.vllm_version(),
+        "rivals": versions,
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "copy_TBps": bandwidth / 1e6,
+        "unit": "microseconds a layer",
+        "cases": cases,
+    }
+    save(document, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
