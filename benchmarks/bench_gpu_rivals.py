@@ -1,6 +1,7 @@
 """One layer's decode attention on a GPU beside others' page selection, and beside FlashInfer, in one run.
 
-usage: bench_gpu_rivals.py [--cases N] [--only NAME ...] [--extensions FOLDER] [--output FILE.json]
+usage: bench_gpu_rivals.py [--cases N] [--only NAME ...] [--output FILE.json]
+       bench_gpu_rivals.py --build
 
 Shapes, clocks and our own chain are bench_gpu_ops.py's. amass-kv and locks-kv (``pip install amass-kv locks-kv``) run
 through their own public functions at equal tokens attended: their budgets, first and newest page included, are ours.
@@ -9,17 +10,19 @@ like ours, in the layout their kernels read. What a step does once for all layer
 largest difference to attention in float32 over the pages that the package chose, in the first row.
 FlashInfer's decode (``pip install flashinfer-python``) is dense.
 
-Packages that are not installed are left out, and the result says so. ``--extensions``: a folder of their CUDA modules,
-built beforehand (NAME.so), for machines where nvcc would take too long.
+Packages that are not installed are left out, and the result says so. All three build CUDA modules at first use, one
+after the other; ``--build`` builds them before, each in a process of its own, into the same caches.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
+import importlib
 import importlib.metadata
-import importlib.util
+import os
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -246,12 +249,25 @@ RIVALS: dict[str, tuple[str, Callable[[Layers, int], Chain]]] = {
     "flashinfer_cuda_cores": ("flashinfer-python", lambda layers, budget: flashinfer(layers, budget, False)),
 }
 
+# what the rivals build at first use: module, function, arguments
+MODULES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "amass_score": ("amass.selection.quad_score_cuda", "_get_i8w", {"v_bits": 4}),
+    "amass_combine": ("amass.selection.quad_score_cuda", "_get_nrm", {}),
+    "amass_select": ("amass.selection.select_cuda", "_get", {}),
+    "amass_attend": ("amass.attention.decode_cuda", "_get", {}),
+    "locks_score": ("locks.selection.rki4_score_cuda", "_get", {}),
+    "locks_select": ("locks.selection.select_cuda", "_get", {}),
+    "locks_attend": ("locks.attention.decode_cuda", "_get", {"gtile": GROUP, "dmax": DIM, "page": PAGE}),
+    "flashinfer_decode": ("flashinfer.jit.attention", "gen_batch_decode_module", {}),
+    "flashinfer_prefill": ("flashinfer.jit.attention", "gen_batch_prefill_module", {}),
+}
 
-def measure(build: Callable[[Layers, int], Chain], layers: Layers, budget: int) -> dict[str, Any]:
+
+def measure(make: Callable[[Layers, int], Chain], layers: Layers, budget: int) -> dict[str, Any]:
     """Times and correctness of one rival on one shape, or why it did not run."""
     torch.cuda.empty_cache()
     try:
-        chain = build(layers, budget)
+        chain = make(layers, budget)
         checked = chain.check()
         return {**time_steps(chain.steps), **checked}
     except Exception as error:  # another project's code on a shape it may not know: the other rivals go on
@@ -277,25 +293,38 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float, names: lis
     return case
 
 
-def use_prebuilt(folder: Path) -> None:
-    """Let PyTorch's ``load_inline`` take ``folder``/NAME.so where that exists, instead of building NAME."""
-    from torch.utils import cpp_extension
+def build(name: str) -> None:
+    """Build one of :data:`MODULES`. Without a GPU too: they are for sm_90a, whatever there is."""
+    module, function, settings = MODULES[name]
+    if name.startswith("flashinfer"):
+        os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+        kinds = (torch.bfloat16,) * 3 + (torch.int32,)
+        front = ("fa2",) if name == "flashinfer_prefill" else ()
+        back = (False,) if name == "flashinfer_prefill" else ()
+        spec = getattr(importlib.import_module(module), function)(*front, *kinds, DIM, DIM, 0, False, False, *back)
+        spec.build_and_load()
+        return
+    without_plugin(module.split(".")[0])
+    if getattr(importlib.import_module(module), function)(**settings) is None:
+        raise RuntimeError(f"{name}: the package's own build failed; its output says why")
 
-    build = cpp_extension.load_inline
 
-    def load(name: str, *arguments: Any, **settings: Any) -> Any:
-        path = folder / f"{name}.so"
-        if not path.exists():
-            print(f"{path}: not there; building it", flush=True)
-            return build(name, *arguments, **settings)
-        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-        spec = importlib.util.spec_from_loader(name, loader, origin=str(path))
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        return module
-
-    cpp_extension.load_inline = load
+def build_all(names: list[str]) -> int:
+    """Build the modules of the named rivals, all at once; how many failed."""
+    wanted = [name for name in MODULES if any(rival.split("_")[0] == name.split("_")[0] for rival in names)]
+    begin = time.monotonic()
+    command = [sys.executable, __file__, "--build-module"]
+    running = {
+        name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in wanted
+    }
+    failed = 0
+    for name, process in running.items():
+        output, _ = process.communicate()
+        failed += process.returncode != 0
+        outcome = "built" if process.returncode == 0 else f"FAILED: {output[-1500:]}"
+        print(f"{time.monotonic() - begin:.0f} s {name}: {outcome}", flush=True)
+    return failed
 
 
 def installed(names: list[str]) -> dict[str, str | None]:
@@ -315,13 +344,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
     parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
-    parser.add_argument("--extensions", type=Path, help="folder of CUDA modules built beforehand")
+    parser.add_argument("--build", action="store_true", help="build the rivals' CUDA modules, and time nothing")
+    parser.add_argument("--build-module", choices=MODULES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.extensions:
-        use_prebuilt(arguments.extensions)
+    if arguments.build_module:
+        build(arguments.build_module)
+        return
     versions = installed(arguments.only)
     names = [name for name in arguments.only if versions[RIVALS[name][0]]]
+    if arguments.build:
+        sys.exit(build_all(names))
     bandwidth = copy_bandwidth()
     cases = [show(run_case(*case, bandwidth, names)) for case in CASES[: arguments.cases]]
     document = {
