@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -293,6 +294,15 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float, names: lis
     return case
 
 
+def find_headers() -> None:
+    """Let compilers find the CUDA libraries' headers in pip's packages: a toolkit may hold nvcc's own alone."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [
+        str(path) for root in (spec and spec.submodule_search_locations) or () for path in Path(root).glob("*/include")
+    ]
+    os.environ["CPATH"] = os.pathsep.join([*filter(None, [os.environ.get("CPATH")]), *folders])
+
+
 def build(name: str) -> None:
     """Build one of :data:`MODULES`. Without a GPU too: they are for sm_90a, whatever there is."""
     module, function, settings = MODULES[name]
@@ -348,6 +358,7 @@ def main() -> None:
     parser.add_argument("--build-module", choices=MODULES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    find_headers()
     if arguments.build_module:
         build(arguments.build_module)
         return
