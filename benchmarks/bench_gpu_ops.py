@@ -142,8 +142,6 @@ class Layers:
     def stage_shares(self, budgets: torch.Tensor, **options: Any) -> dict[str, float]:
         """Mean share of each stage in the time of the fused launch's CTAs."""
         cluster = cuda.default_cluster_size(self.batch, KV_HEADS)
-        if options.get("page_summary") == "key_codes":
-            cluster = cuda.coded_cluster_size(self.batch, KV_HEADS, GROUP, DIM, mass=True)
         marks = torch.zeros(self.batch, KV_HEADS, cluster, len(STAGES) + 1, dtype=torch.int64, device="cuda")
         for _ in range(3):
             self.quest(self.views[0], cuda, budgets, timeline=marks, **options)

@@ -187,19 +187,6 @@ def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
     return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
 
 
-def coded_cluster_size(num_reqs: int, num_select_heads: int, rows: int, head_dim: int, *, mass: bool) -> int:
-    """The same for key codes: they take longer to read than boxes, so that a few rows want every SM, where the current
-    GPU can place such clusters. ``rows`` query heads share a selection; ``mass``: of that group reduction.
-    """
-    clusters = num_reqs * num_select_heads
-    size = default_cluster_size(num_reqs, num_select_heads)
-    if clusters * MAX_CLUSTER > NUM_SMS or 16 not in cuda_build.variants(head_dim):
-        return size
-    room = ALL_SCORE_BYTES // 4 // (rows if mass else 1)
-    resident = _resident_clusters(head_dim, 16, rows, MAX_CLUSTER, room, PAGE_SUMMARIES["key_codes"])
-    return MAX_CLUSTER if clusters <= resident else size
-
-
 def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.device) -> torch.Tensor | None:
     """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
@@ -338,9 +325,6 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    if page_summary == "key_codes" and cluster_size is None:
-        layer = (shape.num_reqs, shape.num_select_heads, shape.rows, shape.head_dim)
-        params.cluster_size = coded_cluster_size(*layer, mass=group_reduction == "mass")
     if timeline is not None and timeline.shape[2] != params.cluster_size:
         raise ValueError(f"timeline: expected a cluster_size of {params.cluster_size}, got {tuple(timeline.shape)}")
     _launch_decode(params, shape, query, warps)
