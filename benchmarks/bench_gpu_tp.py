@@ -23,7 +23,9 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -236,24 +238,27 @@ class Results:
         self.cases: list[dict[str, Any]] = []
         self.engines: list[dict[str, Any]] = []
         self.checks: dict[str, Any] = {}
+        self._lock = threading.RLock()
 
-    def take(self, record: dict[str, Any]) -> None:
+    def take(self, engine: dict[str, Any], record: dict[str, Any]) -> None:
         """A child's report: a case, or something about its engine."""
-        if "time_per_output_token" not in record:
-            self.engines[-1] |= record
-            if ranks := record.get("ranks"):
-                kernels = ranks[0]["implementation"]
-                self.head |= describe(ranks[0]["gpu"], kernels or self.head.get("implementation", ""))
-        else:
-            self.cases.append(record)
-            add_ratios(self.cases, SAME)
-            print("CASE " + json.dumps(self.cases[-1]), flush=True)
-        self.write()
+        with self._lock:
+            if "time_per_output_token" in record:
+                self.cases.append(record)
+                add_ratios(self.cases, SAME)
+                print("CASE " + json.dumps(record), flush=True)
+            else:
+                engine |= record
+                if ranks := record.get("ranks"):
+                    kernels = ranks[0]["implementation"] or self.head.get("implementation", "")
+                    self.head |= describe(ranks[0]["gpu"], kernels)
+            self.write()
 
     def write(self) -> None:
         """Save what there is."""
-        document = {"benchmark": "gpu_tp", **self.head, "cases": self.cases}
-        save(document | {"scaling": scaling(self.cases), "checks": self.checks, "engines": self.engines}, self.output)
+        with self._lock:
+            document = {"benchmark": "gpu_tp", **self.head, "cases": self.cases, "scaling": scaling(self.cases)}
+            save(document | {"checks": self.checks, "engines": self.engines}, self.output)
 
 
 def scaling(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -275,9 +280,10 @@ def scaling(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def run_plan(plan: Plan, results: Results, limit: float) -> None:
+def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> None:
     """Run a plan in a process group of its own and take up its reports as they come."""
-    results.engines.append(asdict(plan))
+    engine: dict[str, Any] = asdict(plan)
+    results.engines.append(engine)
     with tempfile.TemporaryDirectory() as folder:
         reports, log = Path(folder, "reports"), Path(folder, "log")
         reports.touch()
@@ -287,17 +293,18 @@ def run_plan(plan: Plan, results: Results, limit: float) -> None:
             nonlocal seen
             lines = reports.read_text().split("\n")[:-1]
             for line in lines[seen:]:
-                results.take(json.loads(line))
+                results.take(engine, json.loads(line))
             seen = len(lines)
 
         values = json.dumps(asdict(plan) | {"reports": str(reports)})
         begin = time.monotonic()
         command = [sys.executable, str(Path(__file__).resolve()), "--child", values]
-        status = run_group(command, environment(plan.cuda), log, limit, watch)
-        results.engines[-1] |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": status}
+        variables = environment(plan.cuda) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        status = run_group(command, variables, log, limit, watch)
+        engine |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": status}
         print(f"ENGINE {plan.backend} on {plan.gpus}: exit {status} after {time.monotonic() - begin:.0f} s", flush=True)
         if status:
-            results.engines[-1]["log"] = last_lines(log, 30)
+            engine["log"] = last_lines(log, 30)
             print(last_lines(log), flush=True)
     results.write()
 
@@ -309,6 +316,7 @@ def environment(cuda: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
         # no NVLink multicast: hosts may forbid it, and what is compared does not need it
         "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -357,6 +365,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dense-layers", type=numbers, default=[0, 1], help="layers that never select; default 0,1")
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
+    parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines of one GPU at once, on two")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 4 and 1")
     parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take")
@@ -390,7 +399,11 @@ def main() -> int:
         child(arguments.child)
         return 0
     wanted = arguments.parts.split(",")
-    head = {"model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape", "shape_layers": 80}
+    head = {
+        "model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape",
+        "shape_layers": 80,
+        "side_by_side": arguments.side_by_side,
+    }
     results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers})
     if "main" in wanted:
         for plan in plans(arguments, arguments.gpus, tuple(arguments.batches)):
@@ -398,8 +411,10 @@ def main() -> int:
     if "scaling" in wanted:
         fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
         for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
-            for plan in plans(arguments, gpus, fewer):
-                run_plan(plan, results, arguments.limit)
+            both = plans(arguments, gpus, fewer)
+            places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
+            with ThreadPoolExecutor(2 if places[1] else 1) as pool:
+                list(pool.map(lambda plan, gpu: run_plan(plan, results, arguments.limit, gpu), both, places))
     if "checks" in wanted:
         check_tp.run(arguments, results, environment(arguments.cuda))
     results.write()

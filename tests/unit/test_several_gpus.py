@@ -128,11 +128,12 @@ def test_a_result_gives_rows_and_scaling(tmp_path: Path, monkeypatch: pytest.Mon
     bench, render = importlib.import_module("bench_gpu_tp"), importlib.import_module("render_results")
     output = tmp_path / "benchmarks/results/h100/2000-01-01-abc-tp.json"
     results = bench.Results(output, {"model": "Llama-3.1-70B shape", "shape_layers": 80, "gpus": 2})
-    results.engines.append({"backend": "FLASH_ATTN"})
-    results.take({"ranks": [{"gpu": "Some GPU", "implementation": "cuda"}]})
+    engine: dict[str, Any] = {"backend": "FLASH_ATTN"}
+    results.engines.append(engine)
+    results.take(engine, {"ranks": [{"gpu": "Some GPU", "implementation": "cuda"}]})
     for gpus, stock, ours in ((2, 0.010, 0.004), (1, 0.018, 0.008)):
-        results.take(case("FLASH_ATTN", gpus, 4, None, stock))
-        results.take(case("CUSTOM", gpus, 4, 2048, ours))
+        results.take(engine, case("FLASH_ATTN", gpus, 4, None, stock))
+        results.take(engine, case("CUSTOM", gpus, 4, 2048, ours))
     document = json.loads(output.read_text())  # saved along the way
     gains = {entry["backend"]: entry for entry in document["scaling"]}
     assert gains["FLASH_ATTN"]["gain"] == pytest.approx(1.8) and gains["CUSTOM"]["gain"] == pytest.approx(2.0)
