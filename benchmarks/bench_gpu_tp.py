@@ -364,6 +364,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
     parser.add_argument("--dense-layers", type=numbers, default=[0, 1], help="layers that never select; default 0,1")
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
+    parser.add_argument("--check", default="", help="only checks whose name has this in it, such as real")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
     parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines of one GPU at once, on two")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")

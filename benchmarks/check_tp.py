@@ -343,6 +343,11 @@ def jobs_of(arguments: Any, folder: Path) -> dict[str, Job]:
     return {job.name: Job(**asdict(job) | {"cuda": cuda}) for job in jobs}
 
 
+def alone(name: str) -> str:
+    """The job of one rank that a job of several is compared with."""
+    return f"{'grouped' if name.startswith('two') else name.split(',')[0]}, 1 rank"
+
+
 def run(arguments: Any, results: Any, variables: dict[str, str]) -> None:
     """Run the checks and put the verdicts into ``results.checks`` as they come."""
     count, exact = arguments.gpus, not arguments.cuda
@@ -354,14 +359,15 @@ def run(arguments: Any, results: Any, variables: dict[str, str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(3 if arguments.cuda else 1) as pool:
         jobs = jobs_of(arguments, Path(folder)).values()
-        small = [job for job in jobs if job.ranks == 1]
-        large = sorted((job for job in jobs if job.ranks > 1), key=lambda job: job.backend != "FLASH_ATTN")
+        large = [job for job in jobs if job.ranks > 1 and arguments.check in job.name]
+        large.sort(key=lambda job: job.backend != "FLASH_ATTN")
+        small = [job for job in jobs if job.ranks == 1 and job.name in {alone(job.name) for job in large}]
         places = [number % count if arguments.cuda else None for number in range(len(small))]
         ones = pool.map(lambda job, gpu: run_job(job, variables, arguments.limit, gpu), small, places)
         found = dict(zip((job.name for job in small), ones, strict=True))
         tie = TIE
         for job, many in zip(large, pool.map(lambda job: run_job(job, variables, arguments.limit), large), strict=True):
-            one = found[f"{'grouped' if job.name.startswith('two') else job.name.split(',')[0]}, 1 rank"]
+            one = found[alone(job.name)]
             if job.backend == "FLASH_ATTN":
                 if "log" not in one and "log" not in many:
                     noise = part(many, one)
