@@ -33,7 +33,7 @@ from typing import Any
 import check_tp
 from engine_case import LLAMA_8B, LLAMA_70B, add_ratios, describe, write_config
 from process_group import last_lines, run_group
-from provenance import save
+from provenance import commit, save
 
 TINY: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 256,
@@ -280,6 +280,26 @@ def scaling(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def merge(files: list[Path], output: Path | None) -> None:
+    """Join the results of runs of some parts each, on one machine at one commit, into one document."""
+    documents = [json.loads(file.read_text()) for file in files]
+    for key in ("gpu", "commit"):
+        found = {document[key] for document in documents if key in document}  # checks alone know no GPU
+        if len(found) > 1:
+            raise SystemExit(f"--merge: expected one {key} in all files, got {', '.join(sorted(found))}")
+    results = Results(output, {})
+    for document in reversed(documents):
+        parts = ("benchmark", "cases", "scaling", "checks", "engines")
+        results.head |= {key: value for key, value in document.items() if key not in parts}
+    for document in documents:
+        results.cases += document["cases"]
+        results.engines += document["engines"]
+        results.checks |= document["checks"]
+    results.head["command"] = "; ".join(d["command"] for d in documents if "command" in d)
+    add_ratios(results.cases, SAME)
+    results.write()
+
+
 def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> None:
     """Run a plan in a process group of its own and take up its reports as they come."""
     engine: dict[str, Any] = asdict(plan)
@@ -370,10 +390,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 4 and 1")
     parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: join these into --output"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.child:
+    if arguments.child or arguments.merge:
         return arguments
     import torch
 
@@ -399,13 +422,16 @@ def main() -> int:
     if arguments.child:
         child(arguments.child)
         return 0
+    if arguments.merge:
+        merge(arguments.merge, arguments.output)
+        return 0
     wanted = arguments.parts.split(",")
     head = {
         "model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape",
         "shape_layers": 80,
         "side_by_side": arguments.side_by_side,
     }
-    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers})
+    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers, "commit": commit()})
     if "main" in wanted:
         for plan in plans(arguments, arguments.gpus, tuple(arguments.batches)):
             run_plan(plan, results, arguments.limit)

@@ -146,6 +146,25 @@ def test_a_result_gives_rows_and_scaling(tmp_path: Path, monkeypatch: pytest.Mon
     assert two.endswith("[json](benchmarks/results/h100/2000-01-01-abc-tp.json) |")
 
 
+def test_parts_of_one_machine_are_joined(tmp_path: Path) -> None:
+    bench = importlib.import_module("bench_gpu_tp")
+    files = []
+    for number, gpus in enumerate((2, 1)):
+        files.append(tmp_path / f"{number}.json")
+        results = bench.Results(files[-1], {"gpu": "Some GPU", "commit": "abc", "command": f"run {gpus}"})
+        for backend, budget in (("FLASH_ATTN", None), ("CUSTOM", 2048)):
+            results.take({}, case(backend, gpus, 4, budget, 0.01 / gpus))
+        results.checks = {f"check {number}": {"ok": True}}
+        results.write()
+    bench.merge(files, tmp_path / "all.json")
+    document = json.loads((tmp_path / "all.json").read_text())
+    assert len(document["cases"]) == 4 and {*document["checks"]} == {"check 0", "check 1"}
+    assert [entry["gain"] for entry in document["scaling"]] == [2.0, 2.0] and document["command"] == "run 2; run 1"
+    files[1].write_text(files[1].read_text().replace("abc", "abd"))
+    with pytest.raises(SystemExit, match="expected one commit in all files, got abc, abd"):
+        bench.merge(files, None)
+
+
 def test_a_group_leaves_nothing_behind(tmp_path: Path) -> None:
     group = importlib.import_module("process_group")
     mark = tmp_path / "alive"
