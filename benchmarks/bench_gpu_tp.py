@@ -194,26 +194,23 @@ def measure(plan: Plan, report: Any) -> None:
     finish(engine)
     prompts = [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(max(batches, default=0))]
     first_token = [prefill(engine, number, prompt) for number, prompt in enumerate(prompts)]
+    same = {key: getattr(plan, key) for key in ("backend", "gpus", "layers", "context")}
     for budget in plan.budgets if plan.sparse else (None,):
         intervals, cached = decode(engine, plan, batches, prompts, budget)
         for batch, found in intervals.items():
-            report(
-                {
-                    "backend": plan.backend,
-                    "gpus": plan.gpus,
-                    "layers": plan.layers,
-                    "context": plan.context,
-                    "batch": batch,
-                    "budget": budget,
-                    "time_per_output_token": statistics.median(found),
-                    "quartiles": statistics.quantiles(found, n=4),
-                    "steps": len(found),
-                    "dense_layers": plan.dense_layers if plan.sparse else None,
-                    "time_to_first_token": statistics.median(first_token),
-                    "cached_tokens": cached,
-                    "prompt_tokens": length,
-                }
-            )
+            if len(found) < 2:
+                report({"unmeasured": {"batch": batch, "budget": budget, "steps": len(found)}})
+                continue
+            measured = {
+                "time_per_output_token": statistics.median(found),
+                "quartiles": statistics.quantiles(found, n=4),
+                "steps": len(found),
+                "time_to_first_token": statistics.median(first_token),
+                "dense_layers": plan.dense_layers if plan.sparse else None,
+                "cached_tokens": cached,
+                "prompt_tokens": length,
+            }
+            report({**same, "batch": batch, "budget": budget, **measured})
     engine.engine_core.shutdown()
 
 
@@ -300,8 +297,8 @@ def merge(files: list[Path], output: Path | None) -> None:
     results.write()
 
 
-def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> None:
-    """Run a plan in a process group of its own and take up its reports as they come."""
+def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> bool:
+    """Run a plan in a process group of its own and take up its reports as they come; whether the engine started."""
     engine: dict[str, Any] = asdict(plan)
     results.engines.append(engine)
     with tempfile.TemporaryDirectory() as folder:
@@ -327,6 +324,28 @@ def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None)
             engine["log"] = last_lines(log, 30)
             print(last_lines(log), flush=True)
     results.write()
+    return "start_up" in engine
+
+
+def run_main(arguments: argparse.Namespace, results: Results) -> None:
+    """Both backends on all GPUs; where the first does not start, once more with all sums left to NCCL."""
+    batches = tuple(arguments.batches)
+    first, _ = plans(arguments, arguments.gpus, batches)
+    if not run_plan(first, results, arguments.limit) and first.custom_all_reduce and first.gpus > 1:
+        print("once more, without vLLM's custom all-reduce", flush=True)
+        arguments.no_custom_all_reduce = True
+        run_plan(plans(arguments, arguments.gpus, batches)[0], results, arguments.limit)
+    run_plan(plans(arguments, arguments.gpus, batches)[1], results, arguments.limit)
+
+
+def run_scaling(arguments: argparse.Namespace, results: Results) -> None:
+    """Both backends on fewer GPUs, with the batches that one GPU holds."""
+    fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
+    for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
+        both = plans(arguments, gpus, fewer)
+        places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
+        with ThreadPoolExecutor(2 if places[1] else 1) as pool:
+            list(pool.map(lambda plan, gpu: run_plan(plan, results, arguments.limit, gpu), both, places))
 
 
 def environment(cuda: bool) -> dict[str, str]:
@@ -433,20 +452,14 @@ def main() -> int:
     }
     results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers, "commit": commit()})
     if "main" in wanted:
-        for plan in plans(arguments, arguments.gpus, tuple(arguments.batches)):
-            run_plan(plan, results, arguments.limit)
+        run_main(arguments, results)
     if "scaling" in wanted:
-        fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
-        for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
-            both = plans(arguments, gpus, fewer)
-            places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
-            with ThreadPoolExecutor(2 if places[1] else 1) as pool:
-                list(pool.map(lambda plan, gpu: run_plan(plan, results, arguments.limit, gpu), both, places))
+        run_scaling(arguments, results)
     if "checks" in wanted:
         check_tp.run(arguments, results, environment(arguments.cuda))
     results.write()
-    well = [engine["exit_status"] == 0 for engine in results.engines]
-    return 0 if all([*well, *(verdict["ok"] for verdict in results.checks.values())]) else 1
+    started = {(engine["backend"], engine["gpus"]): engine["exit_status"] == 0 for engine in results.engines}
+    return 0 if all([*started.values(), *(verdict["ok"] for verdict in results.checks.values())]) else 1
 
 
 if __name__ == "__main__":

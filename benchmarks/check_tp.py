@@ -50,6 +50,7 @@ class Job:
     data: int = 1
     quest: dict[str, Any] = field(default_factory=dict)
     cuda: bool = False
+    custom_all_reduce: bool = True
 
     @property
     def ranks(self) -> int:
@@ -111,6 +112,7 @@ def engine_settings(job: Job) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "tensor_parallel_size": job.tensor,
         "pipeline_parallel_size": job.pipeline,
+        "disable_custom_all_reduce": not job.custom_all_reduce,
         "enforce_eager": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_batched_tokens": 4096,  # no prompt is prefilled in two chunks
@@ -340,7 +342,8 @@ def jobs_of(arguments: Any, folder: Path) -> dict[str, Job]:
     if count % 2 == 0:
         jobs += [Job("two stages", grouped, tensor=count // 2, pipeline=2)]
         jobs += [Job("two engines", grouped, tensor=count // 2, data=2)]
-    return {job.name: Job(**asdict(job) | {"cuda": cuda}) for job in jobs}
+    here = {"cuda": cuda, "custom_all_reduce": not arguments.no_custom_all_reduce}
+    return {job.name: Job(**asdict(job) | here) for job in jobs}
 
 
 def alone(name: str) -> str:
