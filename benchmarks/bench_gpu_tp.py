@@ -23,7 +23,9 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 import check_tp
 from engine_case import LLAMA_8B, LLAMA_70B, add_ratios, describe, write_config
 from process_group import last_lines, run_group
-from provenance import save
+from provenance import commit, save
 
 TINY: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 256,
@@ -192,26 +194,23 @@ def measure(plan: Plan, report: Any) -> None:
     finish(engine)
     prompts = [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(max(batches, default=0))]
     first_token = [prefill(engine, number, prompt) for number, prompt in enumerate(prompts)]
+    same = {key: getattr(plan, key) for key in ("backend", "gpus", "layers", "context")}
     for budget in plan.budgets if plan.sparse else (None,):
         intervals, cached = decode(engine, plan, batches, prompts, budget)
         for batch, found in intervals.items():
-            report(
-                {
-                    "backend": plan.backend,
-                    "gpus": plan.gpus,
-                    "layers": plan.layers,
-                    "context": plan.context,
-                    "batch": batch,
-                    "budget": budget,
-                    "time_per_output_token": statistics.median(found),
-                    "quartiles": statistics.quantiles(found, n=4),
-                    "steps": len(found),
-                    "dense_layers": plan.dense_layers if plan.sparse else None,
-                    "time_to_first_token": statistics.median(first_token),
-                    "cached_tokens": cached,
-                    "prompt_tokens": length,
-                }
-            )
+            if len(found) < 2:
+                report({"unmeasured": {"batch": batch, "budget": budget, "steps": len(found)}})
+                continue
+            measured = {
+                "time_per_output_token": statistics.median(found),
+                "quartiles": statistics.quantiles(found, n=4),
+                "steps": len(found),
+                "time_to_first_token": statistics.median(first_token),
+                "dense_layers": plan.dense_layers if plan.sparse else None,
+                "cached_tokens": cached,
+                "prompt_tokens": length,
+            }
+            report({**same, "batch": batch, "budget": budget, **measured})
     engine.engine_core.shutdown()
 
 
@@ -236,24 +235,27 @@ class Results:
         self.cases: list[dict[str, Any]] = []
         self.engines: list[dict[str, Any]] = []
         self.checks: dict[str, Any] = {}
+        self._lock = threading.RLock()
 
-    def take(self, record: dict[str, Any]) -> None:
+    def take(self, engine: dict[str, Any], record: dict[str, Any]) -> None:
         """A child's report: a case, or something about its engine."""
-        if "time_per_output_token" not in record:
-            self.engines[-1] |= record
-            if ranks := record.get("ranks"):
-                kernels = ranks[0]["implementation"]
-                self.head |= describe(ranks[0]["gpu"], kernels or self.head.get("implementation", ""))
-        else:
-            self.cases.append(record)
-            add_ratios(self.cases, SAME)
-            print("CASE " + json.dumps(self.cases[-1]), flush=True)
-        self.write()
+        with self._lock:
+            if "time_per_output_token" in record:
+                self.cases.append(record)
+                add_ratios(self.cases, SAME)
+                print("CASE " + json.dumps(record), flush=True)
+            else:
+                engine |= record
+                if ranks := record.get("ranks"):
+                    kernels = ranks[0]["implementation"] or self.head.get("implementation", "")
+                    self.head |= describe(ranks[0]["gpu"], kernels)
+            self.write()
 
     def write(self) -> None:
         """Save what there is."""
-        document = {"benchmark": "gpu_tp", **self.head, "cases": self.cases}
-        save(document | {"scaling": scaling(self.cases), "checks": self.checks, "engines": self.engines}, self.output)
+        with self._lock:
+            document = {"benchmark": "gpu_tp", **self.head, "cases": self.cases, "scaling": scaling(self.cases)}
+            save(document | {"checks": self.checks, "engines": self.engines}, self.output)
 
 
 def scaling(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -275,9 +277,30 @@ def scaling(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def run_plan(plan: Plan, results: Results, limit: float) -> None:
-    """Run a plan in a process group of its own and take up its reports as they come."""
-    results.engines.append(asdict(plan))
+def merge(files: list[Path], output: Path | None) -> None:
+    """Join the results of runs of some parts each, on one machine at one commit, into one document."""
+    documents = [json.loads(file.read_text()) for file in files]
+    for key in ("gpu", "commit"):
+        found = {document[key] for document in documents if key in document}  # checks alone know no GPU
+        if len(found) > 1:
+            raise SystemExit(f"--merge: expected one {key} in all files, got {', '.join(sorted(found))}")
+    results = Results(output, {})
+    for document in reversed(documents):
+        parts = ("benchmark", "cases", "scaling", "checks", "engines")
+        results.head |= {key: value for key, value in document.items() if key not in parts}
+    for document in documents:
+        results.cases += document["cases"]
+        results.engines += document["engines"]
+        results.checks |= document["checks"]
+    results.head["command"] = "; ".join(d["command"] for d in documents if "command" in d)
+    add_ratios(results.cases, SAME)
+    results.write()
+
+
+def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> bool:
+    """Run a plan in a process group of its own and take up its reports as they come; whether the engine started."""
+    engine: dict[str, Any] = asdict(plan)
+    results.engines.append(engine)
     with tempfile.TemporaryDirectory() as folder:
         reports, log = Path(folder, "reports"), Path(folder, "log")
         reports.touch()
@@ -287,19 +310,42 @@ def run_plan(plan: Plan, results: Results, limit: float) -> None:
             nonlocal seen
             lines = reports.read_text().split("\n")[:-1]
             for line in lines[seen:]:
-                results.take(json.loads(line))
+                results.take(engine, json.loads(line))
             seen = len(lines)
 
         values = json.dumps(asdict(plan) | {"reports": str(reports)})
         begin = time.monotonic()
         command = [sys.executable, str(Path(__file__).resolve()), "--child", values]
-        status = run_group(command, environment(plan.cuda), log, limit, watch)
-        results.engines[-1] |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": status}
+        variables = environment(plan.cuda) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        status = run_group(command, variables, log, limit, watch)
+        engine |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": status}
         print(f"ENGINE {plan.backend} on {plan.gpus}: exit {status} after {time.monotonic() - begin:.0f} s", flush=True)
         if status:
-            results.engines[-1]["log"] = last_lines(log, 30)
+            engine["log"] = last_lines(log, 30)
             print(last_lines(log), flush=True)
     results.write()
+    return "start_up" in engine
+
+
+def run_main(arguments: argparse.Namespace, results: Results) -> None:
+    """Both backends on all GPUs; where the first does not start, once more with all sums left to NCCL."""
+    batches = tuple(arguments.batches)
+    first, _ = plans(arguments, arguments.gpus, batches)
+    if not run_plan(first, results, arguments.limit) and first.custom_all_reduce and first.gpus > 1:
+        print("once more, without vLLM's custom all-reduce", flush=True)
+        arguments.no_custom_all_reduce = True
+        run_plan(plans(arguments, arguments.gpus, batches)[0], results, arguments.limit)
+    run_plan(plans(arguments, arguments.gpus, batches)[1], results, arguments.limit)
+
+
+def run_scaling(arguments: argparse.Namespace, results: Results) -> None:
+    """Both backends on fewer GPUs, with the batches that one GPU holds."""
+    fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
+    for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
+        both = plans(arguments, gpus, fewer)
+        places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
+        with ThreadPoolExecutor(2 if places[1] else 1) as pool:
+            list(pool.map(lambda plan, gpu: run_plan(plan, results, arguments.limit, gpu), both, places))
 
 
 def environment(cuda: bool) -> dict[str, str]:
@@ -309,6 +355,7 @@ def environment(cuda: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
         # no NVLink multicast: hosts may forbid it, and what is compared does not need it
         "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -356,14 +403,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
     parser.add_argument("--dense-layers", type=numbers, default=[0, 1], help="layers that never select; default 0,1")
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
+    parser.add_argument("--check", default="", help="only checks whose name has this in it, such as real")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
+    parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines of one GPU at once, on two")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 4 and 1")
     parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: join these into --output"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if arguments.child:
+    if arguments.child or arguments.merge:
         return arguments
     import torch
 
@@ -389,22 +441,25 @@ def main() -> int:
     if arguments.child:
         child(arguments.child)
         return 0
+    if arguments.merge:
+        merge(arguments.merge, arguments.output)
+        return 0
     wanted = arguments.parts.split(",")
-    head = {"model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape", "shape_layers": 80}
-    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers})
+    head = {
+        "model": "Llama-3.1-70B shape" if arguments.cuda else "tiny shape",
+        "shape_layers": 80,
+        "side_by_side": arguments.side_by_side,
+    }
+    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers, "commit": commit()})
     if "main" in wanted:
-        for plan in plans(arguments, arguments.gpus, tuple(arguments.batches)):
-            run_plan(plan, results, arguments.limit)
+        run_main(arguments, results)
     if "scaling" in wanted:
-        fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
-        for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
-            for plan in plans(arguments, gpus, fewer):
-                run_plan(plan, results, arguments.limit)
+        run_scaling(arguments, results)
     if "checks" in wanted:
         check_tp.run(arguments, results, environment(arguments.cuda))
     results.write()
-    well = [engine["exit_status"] == 0 for engine in results.engines]
-    return 0 if all([*well, *(verdict["ok"] for verdict in results.checks.values())]) else 1
+    started = {(engine["backend"], engine["gpus"]): engine["exit_status"] == 0 for engine in results.engines}
+    return 0 if all([*started.values(), *(verdict["ok"] for verdict in results.checks.values())]) else 1
 
 
 if __name__ == "__main__":

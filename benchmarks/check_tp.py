@@ -50,6 +50,7 @@ class Job:
     data: int = 1
     quest: dict[str, Any] = field(default_factory=dict)
     cuda: bool = False
+    custom_all_reduce: bool = True
 
     @property
     def ranks(self) -> int:
@@ -111,6 +112,7 @@ def engine_settings(job: Job) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "tensor_parallel_size": job.tensor,
         "pipeline_parallel_size": job.pipeline,
+        "disable_custom_all_reduce": not job.custom_all_reduce,
         "enforce_eager": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_batched_tokens": 4096,  # no prompt is prefilled in two chunks
@@ -122,7 +124,9 @@ def engine_settings(job: Job) -> dict[str, Any]:
     if job.tensor * job.pipeline > 1:
         settings["distributed_executor_backend"] = "mp"
     if job.cuda:
-        return settings | {"attention_backend": job.backend, "gpu_memory_utilization": 0.4, "dtype": "bfloat16"}
+        # several jobs share a GPU, so nothing may be derived from what is free on it
+        memory = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**28}
+        return settings | memory | {"attention_backend": job.backend, "dtype": "bfloat16"}
     own = {"attention_backend": "CUSTOM"} if job.backend == "CUSTOM" else {}
     return settings | own | {"block_size": 32, "dtype": "float32"}
 
@@ -338,41 +342,45 @@ def jobs_of(arguments: Any, folder: Path) -> dict[str, Job]:
     if count % 2 == 0:
         jobs += [Job("two stages", grouped, tensor=count // 2, pipeline=2)]
         jobs += [Job("two engines", grouped, tensor=count // 2, data=2)]
-    return {job.name: Job(**asdict(job) | {"cuda": cuda}) for job in jobs}
+    here = {"cuda": cuda, "custom_all_reduce": not arguments.no_custom_all_reduce}
+    return {job.name: Job(**asdict(job) | here) for job in jobs}
+
+
+def alone(name: str) -> str:
+    """The job of one rank that a job of several is compared with."""
+    return f"{'grouped' if name.startswith('two') else name.split(',')[0]}, 1 rank"
 
 
 def run(arguments: Any, results: Any, variables: dict[str, str]) -> None:
     """Run the checks and put the verdicts into ``results.checks`` as they come."""
     count, exact = arguments.gpus, not arguments.cuda
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = jobs_of(arguments, Path(folder))
-        small = [job for job in jobs.values() if job.ranks == 1]
-        with ThreadPoolExecutor(count if arguments.cuda else 1) as pool:  # a GPU each, beside one another
-            places = [number % count if arguments.cuda else None for number in range(len(small))]
-            done = pool.map(lambda job, gpu: run_job(job, variables, arguments.limit, gpu), small, places)
-            found = dict(zip((job.name for job in small), done, strict=True))
+
+    def keep(name: str, verdict: dict[str, Any]) -> None:
+        results.checks[name] = verdict
+        results.write()
+        print("CHECK " + json.dumps({"check": name} | verdict), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(3 if arguments.cuda else 1) as pool:
+        jobs = jobs_of(arguments, Path(folder)).values()
+        large = [job for job in jobs if job.ranks > 1 and arguments.check in job.name]
+        large.sort(key=lambda job: job.backend != "FLASH_ATTN")
+        small = [job for job in jobs if job.ranks == 1 and job.name in {alone(job.name) for job in large}]
+        places = [number % count if arguments.cuda else None for number in range(len(small))]
+        ones = pool.map(lambda job, gpu: run_job(job, variables, arguments.limit, gpu), small, places)
+        found = dict(zip((job.name for job in small), ones, strict=True))
         tie = TIE
-
-        def keep(name: str, verdict: dict[str, Any]) -> None:
-            results.checks[name] = verdict
-            results.write()
-            print("CHECK " + json.dumps({"check": name} | verdict), flush=True)
-
-        for job in sorted(jobs.values(), key=lambda job: job.backend != "FLASH_ATTN"):
-            if job.ranks == 1:
-                continue
-            found[job.name] = run_job(job, variables, arguments.limit)
-            one = found[f"{'grouped' if job.name.startswith('two') else job.name.split(',')[0]}, 1 rank"]
+        for job, many in zip(large, pool.map(lambda job: run_job(job, variables, arguments.limit), large), strict=True):
+            one = found[alone(job.name)]
             if job.backend == "FLASH_ATTN":
-                if "log" not in one and "log" not in found[job.name]:
-                    noise = part(found[job.name], one)
+                if "log" not in one and "log" not in many:
+                    noise = part(many, one)
                     tie = max(tie, 2 * noise["widest_gap"])
                     keep(job.name, {"ok": True, **noise})
             elif job.data > 1:
-                keep(job.name, compare_copies(found[job.name], one, job.data, tie))
+                keep(job.name, compare_copies(many, one, job.data, tie))
             else:
                 config = json.loads(Path(job.model, "config.json").read_text())
-                keep(job.name, compare(one, found[job.name], config["num_key_value_heads"], tie, exact))
+                keep(job.name, compare(one, many, config["num_key_value_heads"], tie, exact))
 
 
 if __name__ == "__main__":

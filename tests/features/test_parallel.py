@@ -17,7 +17,7 @@ from quest_vllm.audit_ranks import RankSelections, by_head, disagreements, recor
 from tests.features.conftest import counted_rows, engine, largest_difference, logprobs, params, samples
 from tests.features.tiny_models import MAX_MODEL_LEN, VOCABULARY, write_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]  # the first test with a layout starts its processes
 
 STEPS, PAGE = 5, 16
 LENGTHS, BUDGETS = (700, 333), (128, 64)

@@ -128,11 +128,12 @@ def test_a_result_gives_rows_and_scaling(tmp_path: Path, monkeypatch: pytest.Mon
     bench, render = importlib.import_module("bench_gpu_tp"), importlib.import_module("render_results")
     output = tmp_path / "benchmarks/results/h100/2000-01-01-abc-tp.json"
     results = bench.Results(output, {"model": "Llama-3.1-70B shape", "shape_layers": 80, "gpus": 2})
-    results.engines.append({"backend": "FLASH_ATTN"})
-    results.take({"ranks": [{"gpu": "Some GPU", "implementation": "cuda"}]})
+    engine: dict[str, Any] = {"backend": "FLASH_ATTN"}
+    results.engines.append(engine)
+    results.take(engine, {"ranks": [{"gpu": "Some GPU", "implementation": "cuda"}]})
     for gpus, stock, ours in ((2, 0.010, 0.004), (1, 0.018, 0.008)):
-        results.take(case("FLASH_ATTN", gpus, 4, None, stock))
-        results.take(case("CUSTOM", gpus, 4, 2048, ours))
+        results.take(engine, case("FLASH_ATTN", gpus, 4, None, stock))
+        results.take(engine, case("CUSTOM", gpus, 4, 2048, ours))
     document = json.loads(output.read_text())  # saved along the way
     gains = {entry["backend"]: entry for entry in document["scaling"]}
     assert gains["FLASH_ATTN"]["gain"] == pytest.approx(1.8) and gains["CUSTOM"]["gain"] == pytest.approx(2.0)
@@ -143,6 +144,25 @@ def test_a_result_gives_rows_and_scaling(tmp_path: Path, monkeypatch: pytest.Mon
     assert one.startswith(shape + "1 GPU, cuda kernels | FLASH_ATTN, Some GPU | 2.25x (first token 2.25x) |")
     assert two.startswith(shape + "2 GPUs, cuda kernels | FLASH_ATTN, Some GPU | 2.50x (first token 2.50x) |")
     assert two.endswith("[json](benchmarks/results/h100/2000-01-01-abc-tp.json) |")
+
+
+def test_parts_of_one_machine_are_joined(tmp_path: Path) -> None:
+    bench = importlib.import_module("bench_gpu_tp")
+    files = []
+    for number, gpus in enumerate((2, 1)):
+        files.append(tmp_path / f"{number}.json")
+        results = bench.Results(files[-1], {"gpu": "Some GPU", "commit": "abc", "command": f"run {gpus}"})
+        for backend, budget in (("FLASH_ATTN", None), ("CUSTOM", 2048)):
+            results.take({}, case(backend, gpus, 4, budget, 0.01 / gpus))
+        results.checks = {f"check {number}": {"ok": True}}
+        results.write()
+    bench.merge(files, tmp_path / "all.json")
+    document = json.loads((tmp_path / "all.json").read_text())
+    assert len(document["cases"]) == 4 and {*document["checks"]} == {"check 0", "check 1"}
+    assert [entry["gain"] for entry in document["scaling"]] == [2.0, 2.0] and document["command"] == "run 2; run 1"
+    files[1].write_text(files[1].read_text().replace("abc", "abd"))
+    with pytest.raises(SystemExit, match="expected one commit in all files, got abc, abd"):
+        bench.merge(files, None)
 
 
 def test_a_group_leaves_nothing_behind(tmp_path: Path) -> None:
