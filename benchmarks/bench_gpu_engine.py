@@ -98,9 +98,7 @@ def device() -> dict[str, Any]:
     from quest_vllm.config import load_config
     from quest_vllm.ops.api import load_ops
 
-    config = load_config(None)
-    policy = {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")}
-    return describe(torch.cuda.get_device_name(), load_ops(config.implementation, "cuda").name) | {"policy": policy}
+    return describe(torch.cuda.get_device_name(), load_ops(load_config(None).implementation, "cuda").name)
 
 
 def main() -> None:
