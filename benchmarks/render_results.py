@@ -52,10 +52,11 @@ def tp_lines() -> list[str]:
         document = json.loads(path.read_text())
         for c in document["cases"]:
             if "speedup" in c:
+                kernels = f"{policy_name(document)}, {document['implementation']} kernels"
                 lines[c["gpus"], c["context"], c["batch"], c["budget"]] = (
                     f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, "
                     f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output token, "
-                    f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {policy_name(document)}, {document['implementation']} kernels | "
+                    f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {kernels} | "
                     f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token "
                     f"{c['time_to_first_token_ratio']:.2f}x) | [json]({path.relative_to(ROOT)}) |"
                 )
