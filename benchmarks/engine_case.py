@@ -37,7 +37,7 @@ def write_config(folder: str | Path, shape: dict[str, Any], layers: int) -> None
 
 
 def describe(gpu: str, implementation: str) -> dict[str, Any]:
-    """GPU, versions and command of this run."""
+    """``gpu``, ``implementation`` of the kernels, versions and command of this run."""
     import torch
 
     return {
