@@ -33,7 +33,7 @@ from typing import Any
 import check_tp
 from engine_case import LLAMA_8B, LLAMA_70B, add_ratios, describe, write_config
 from process_group import last_lines, run_group
-from provenance import commit, save
+from provenance import save
 
 TINY: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 256,
@@ -247,8 +247,8 @@ class Results:
             else:
                 engine |= record
                 if ranks := record.get("ranks"):
-                    kernels = ranks[0]["implementation"] or self.head.get("implementation", "")
-                    self.head |= describe(ranks[0]["gpu"], kernels)
+                    self.head["gpu"] = ranks[0]["gpu"]
+                    self.head["implementation"] = ranks[0]["implementation"] or self.head.get("implementation", "")
             self.write()
 
     def write(self) -> None:
@@ -281,18 +281,18 @@ def merge(files: list[Path], output: Path | None) -> None:
     """Join the results of runs of some parts each, on one machine at one commit, into one document."""
     documents = [json.loads(file.read_text()) for file in files]
     for key in ("gpu", "commit"):
-        found = {document[key] for document in documents if key in document}  # checks alone know no GPU
+        found = {document[key] for document in documents if document[key]}  # checks alone name no GPU
         if len(found) > 1:
             raise SystemExit(f"--merge: expected one {key} in all files, got {', '.join(sorted(found))}")
     results = Results(output, {})
     for document in reversed(documents):
         parts = ("benchmark", "cases", "scaling", "checks", "engines")
-        results.head |= {key: value for key, value in document.items() if key not in parts}
+        results.head |= {key: value for key, value in document.items() if key not in parts and value != ""}
     for document in documents:
         results.cases += document["cases"]
         results.engines += document["engines"]
         results.checks |= document["checks"]
-    results.head["command"] = "; ".join(d["command"] for d in documents if "command" in d)
+    results.head["command"] = "; ".join(document["command"] for document in documents)
     add_ratios(results.cases, SAME)
     results.write()
 
@@ -450,7 +450,7 @@ def main() -> int:
         "shape_layers": 80,
         "side_by_side": arguments.side_by_side,
     }
-    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers, "commit": commit()})
+    results = Results(arguments.output, head | {"gpus": arguments.gpus, "layers": arguments.layers} | describe("", ""))
     if "main" in wanted:
         run_main(arguments, results)
     if "scaling" in wanted:

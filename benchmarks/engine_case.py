@@ -37,7 +37,7 @@ def write_config(folder: str | Path, shape: dict[str, Any], layers: int) -> None
 
 
 def describe(gpu: str, implementation: str) -> dict[str, Any]:
-    """GPU, policy, versions and command of this run."""
+    """``gpu``, ``implementation`` of the kernels, policy, versions and command of this run."""
     import torch
 
     from quest_vllm.config import load_config

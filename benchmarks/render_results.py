@@ -52,8 +52,9 @@ def tp_lines() -> list[str]:
         document = json.loads(path.read_text())
         for c in document["cases"]:
             if "speedup" in c:
-                kernels = f"{policy_name(document)}, {document['implementation']} kernels"
-                lines[c["gpus"], c["context"], c["batch"], c["budget"]] = (
+                policy = policy_name(document)
+                kernels = f"{policy}, {document['implementation']} kernels"
+                lines[c["gpus"], c["context"], c["batch"], c["budget"], policy] = (
                     f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, "
                     f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output token, "
                     f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {kernels} | "
