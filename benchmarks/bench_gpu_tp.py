@@ -2,14 +2,15 @@
 
 usage: bench_gpu_tp.py --gpus N [--layers 8] [--parts main,scaling,checks] [--quick] [--output FILE.json]
 
-main: a Llama-3.1-70B shape with dummy weights at tensor parallel N, 128K of context, batches 16, 4 and 1, budgets 2K
-and 4K, decode CUDA graphs. scaling: batches 4 and 1 at 1, 2, 4, ... < N GPUs. checks: check_tp.py.
+main: a Llama-3.1-70B shape with dummy weights at tensor parallel N, 128K of context, batches 1, 4 and 16, budgets 2K
+and 4K, decode CUDA graphs. scaling: batches 1 and 4 at 1, 2, 4, ... < N GPUs. checks: check_tp.py.
 
 Every layer costs the same, so fewer layers than 80 are enough, and are in the result; the first two are dense
 (`dense_layers`), which weighs more among few. Each backend's engine runs alone, in a process group of its own. It
-prefills every prompt once, alone: the median is the time to first token. Then the same prompts are decoded from the
-prefix cache, each from its own pages: all of them, then 4, then 1, as the answers end. A case's time per output token
-is the median interval between the outputs of successive steps in which exactly its rows decode.
+prefills as many prompts as the smallest batch has, each alone: the median so far is the time to first token. Then the
+batch decodes them from the prefix cache, each from its own pages, with every budget. The larger batches follow, with
+the prompts that they add. A case's time per output token is the median interval between the outputs of successive
+steps in which all of its rows decode.
 
 The result is saved after every case. Without a GPU the script rehearses itself with a tiny shape on the CPU.
 """
@@ -32,7 +33,7 @@ from typing import Any
 
 import check_tp
 from engine_case import LLAMA_8B, LLAMA_70B, add_ratios, describe, write_config
-from process_group import last_lines, run_group
+from process_group import TIME_OUT, last_lines, run_group
 from provenance import save
 
 TINY: dict[str, Any] = LLAMA_8B | {
@@ -43,13 +44,13 @@ TINY: dict[str, Any] = LLAMA_8B | {
     "head_dim": 32,
     "vocab_size": 512,
 }
-SETTLE = 4  # intervals after a change of the batch that do not count
+SETTLE = 4  # intervals at the beginning that do not count
 SAME = ("gpus", "context", "batch")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one engine measures. ``batches`` are descending."""
+    """What one engine measures. ``batches`` are ascending."""
 
     backend: str
     gpus: int
@@ -70,7 +71,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Tokens that a request adds to its prompt at most."""
-        return (self.steps + SETTLE + 2) * len(self.batches)
+        return self.steps + SETTLE + 2
 
 
 def engine_settings(plan: Plan) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def engine_settings(plan: Plan) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "tensor_parallel_size": plan.gpus,
         "max_model_len": plan.context,
-        "max_num_seqs": plan.batches[0],
+        "max_num_seqs": plan.batches[-1],
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "disable_custom_all_reduce": not plan.custom_all_reduce,
@@ -101,7 +102,7 @@ def engine_settings(plan: Plan) -> dict[str, Any]:
                 "cudagraph_capture_sizes": graphs,
             },
         }
-    blocks = 2 + plan.batches[0] * (-(-plan.context // 32) + 1)
+    blocks = 2 + plan.batches[-1] * (-(-plan.context // 32) + 1)
     tiny = {"enforce_eager": True, "block_size": 32, "max_num_batched_tokens": 1024, "num_gpu_blocks_override": blocks}
     return settings | tiny | ({"attention_backend": "CUSTOM"} if plan.sparse else {})
 
@@ -147,30 +148,23 @@ def prefill(engine: Any, number: int, prompt: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def decode(engine: Any, plan: Plan, batches: list[int], prompts: list[list[int]], budget: int | None) -> Any:
-    """Intervals between steps, ``{batch: seconds}``, and the fewest tokens that a prompt found in the prefix cache.
-
-    The answers of requests that only the larger batches have end first, so one run serves every batch.
-    """
+def decode(engine: Any, plan: Plan, prompts: list[list[int]], budget: int | None) -> tuple[list[float], int]:
+    """Seconds between steps of all ``prompts``, and the fewest tokens that one of them found in the prefix cache."""
     for number, prompt in enumerate(prompts):
-        stages = sum(number < batch for batch in batches)
-        tokens = stages * (plan.steps + SETTLE + 2)
-        name = f"decode-{budget}-{number}"
-        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(tokens, budget))
-    intervals: dict[int, list[float]] = {batch: [] for batch in batches}
+        name = f"decode-{len(prompts)}-{budget}-{number}"
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling(plan.room, budget))
+    intervals: list[float] = []
     rows, last, cached = 0, 0.0, plan.context
     while engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter()
         if not outputs:
             continue
-        if len(outputs) == rows and rows in intervals:
-            intervals[rows].append(now - last)
-        cached = min(
-            [cached, *(output.num_cached_tokens for output in outputs if output.num_cached_tokens is not None)]
-        )
+        if len(outputs) == rows == len(prompts):
+            intervals.append(now - last)
+        cached = min([cached, *(output.num_cached_tokens or 0 for output in outputs)])
         rows, last = len(outputs), now
-    return {batch: found[SETTLE:] for batch, found in intervals.items()}, cached
+    return intervals[SETTLE:], cached
 
 
 def measure(plan: Plan, report: Any) -> None:
@@ -187,24 +181,25 @@ def measure(plan: Plan, report: Any) -> None:
     capacity = cache.num_gpu_blocks * cache.block_size
     batches = [batch for batch in plan.batches if batch * (plan.context + cache.block_size) <= capacity]
     report({"kv_cache_tokens": capacity, "batches_without_room": [b for b in plan.batches if b not in batches]})
-    rng, vocabulary = random.Random(1), (TINY if not plan.cuda else LLAMA_70B)["vocab_size"]
+    rng, vocabulary = random.Random(1), (LLAMA_70B if plan.cuda else TINY)["vocab_size"]
     length = plan.context - plan.room
-    warm_up = [rng.randrange(3, vocabulary) for _ in range(min(4096, length))]
+    warm_up = [rng.randrange(3, vocabulary) for _ in range(min(20000, length))]  # several chunks
     engine.add_request("warm-up", {"prompt_token_ids": warm_up}, sampling(8, 512 if plan.sparse else None))
     finish(engine)
-    prompts = [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(max(batches, default=0))]
-    first_token = [prefill(engine, number, prompt) for number, prompt in enumerate(prompts)]
+    prompts: list[list[int]] = []
+    first_token: list[float] = []
     same = {key: getattr(plan, key) for key in ("backend", "gpus", "layers", "context")}
-    for budget in plan.budgets if plan.sparse else (None,):
-        intervals, cached = decode(engine, plan, batches, prompts, budget)
-        for batch, found in intervals.items():
-            if len(found) < 2:
-                report({"unmeasured": {"batch": batch, "budget": budget, "steps": len(found)}})
-                continue
+    for batch in batches:
+        while len(prompts) < batch:
+            prompts.append([rng.randrange(3, vocabulary) for _ in range(length)])
+            first_token.append(prefill(engine, len(prompts), prompts[-1]))
+            report({"first_tokens": first_token})
+        for budget in plan.budgets if plan.sparse else (None,):
+            intervals, cached = decode(engine, plan, prompts, budget)
             measured = {
-                "time_per_output_token": statistics.median(found),
-                "quartiles": statistics.quantiles(found, n=4),
-                "steps": len(found),
+                "time_per_output_token": statistics.median(intervals),
+                "quartiles": statistics.quantiles(intervals, n=4),
+                "steps": len(intervals),
                 "time_to_first_token": statistics.median(first_token),
                 "dense_layers": plan.dense_layers if plan.sparse else None,
                 "cached_tokens": cached,
@@ -246,6 +241,8 @@ class Results:
                 print("CASE " + json.dumps(record), flush=True)
             else:
                 engine |= record
+                if times := record.get("first_tokens"):
+                    print(f"PREFILL {engine.get('backend')}, prompt {len(times)}: {times[-1]:.2f} s", flush=True)
                 if ranks := record.get("ranks"):
                     self.head["gpu"] = ranks[0]["gpu"]
                     self.head["implementation"] = ranks[0]["implementation"] or self.head.get("implementation", "")
@@ -297,8 +294,8 @@ def merge(files: list[Path], output: Path | None) -> None:
     results.write()
 
 
-def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> bool:
-    """Run a plan in a process group of its own and take up its reports as they come; whether the engine started."""
+def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> dict[str, Any]:
+    """Run a plan in a process group of its own and take up its reports as they come; all but the cases is returned."""
     engine: dict[str, Any] = asdict(plan)
     results.engines.append(engine)
     with tempfile.TemporaryDirectory() as folder:
@@ -324,14 +321,15 @@ def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None)
             engine["log"] = last_lines(log, 30)
             print(last_lines(log), flush=True)
     results.write()
-    return "start_up" in engine
+    return engine
 
 
 def run_main(arguments: argparse.Namespace, results: Results) -> None:
-    """Both backends on all GPUs; where the first does not start, once more with all sums left to NCCL."""
+    """Both backends on all GPUs; where the first ends before it starts, once more with all sums left to NCCL."""
     batches = tuple(arguments.batches)
     first, _ = plans(arguments, arguments.gpus, batches)
-    if not run_plan(first, results, arguments.limit) and first.custom_all_reduce and first.gpus > 1:
+    engine = run_plan(first, results, arguments.limit)
+    if "start_up" not in engine and engine["exit_status"] != TIME_OUT and first.custom_all_reduce and first.gpus > 1:
         print("once more, without vLLM's custom all-reduce", flush=True)
         arguments.no_custom_all_reduce = True
         run_plan(plans(arguments, arguments.gpus, batches)[0], results, arguments.limit)
@@ -340,7 +338,7 @@ def run_main(arguments: argparse.Namespace, results: Results) -> None:
 
 def run_scaling(arguments: argparse.Namespace, results: Results) -> None:
     """Both backends on fewer GPUs, with the batches that one GPU holds."""
-    fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[-1:])
+    fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[:1])
     for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
         both = plans(arguments, gpus, fewer)
         places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
@@ -397,7 +395,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1, help="how many GPUs, all in one tensor parallel group")
     parser.add_argument("--layers", type=int, help="of the shape's 80")
-    parser.add_argument("--batches", type=numbers, help="largest case first, such as 16,4,1")
+    parser.add_argument("--batches", type=numbers, help="such as 1,4,16")
     parser.add_argument("--budgets", type=numbers)
     parser.add_argument("--context", type=int)
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
@@ -407,8 +405,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
     parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines of one GPU at once, on two")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 4 and 1")
-    parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 1 and 4")
+    parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take; its first start is slow")
     parser.add_argument(
         "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: join these into --output"
     )
@@ -423,15 +421,15 @@ def parse() -> argparse.Namespace:
     if arguments.cuda and not 1 <= arguments.gpus <= torch.cuda.device_count():
         parser.error(f"--gpus: expected 1 to {torch.cuda.device_count()}, got {arguments.gpus}")
     small = arguments.quick or not arguments.cuda
-    defaults = {"layers": 4, "batches": [4, 1], "budgets": [512], "context": 8192, "steps": 16}
+    defaults = {"layers": 4, "batches": [1, 4], "budgets": [512], "context": 8192, "steps": 16}
     if not small:
-        defaults = {"layers": 8, "batches": [16, 4, 1], "budgets": [2048, 4096], "context": 131072, "steps": 40}
+        defaults = {"layers": 8, "batches": [1, 4, 16], "budgets": [2048, 4096], "context": 131072, "steps": 40}
     elif not arguments.cuda:
         defaults |= {"context": 1024, "budgets": [128], "steps": 8}
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    arguments.batches = sorted(arguments.batches, reverse=True)
+    arguments.batches.sort()
     return arguments
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+TIME_OUT = 124  # as timeout(1)
+
 
 def run_group(
     command: Sequence[str],
@@ -20,7 +22,7 @@ def run_group(
 ) -> int:
     """Run ``command``, its output in ``log``, for at most ``limit`` seconds; ``watch`` is called twice a second.
 
-    Returns the exit status, 124 where time ran out. Whatever of the group still lives at the end is killed.
+    Returns the exit status, :data:`TIME_OUT` where time ran out. What is left of the group is killed.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -37,7 +39,7 @@ def run_group(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     watch()
-    return 124 if status is None else status
+    return TIME_OUT if status is None else status
 
 
 def last_lines(log: Path, count: int = 60) -> str:

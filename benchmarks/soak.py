@@ -5,10 +5,10 @@
 Starts ``quest-vllm serve`` with a KV cache too small for its load (so that it preempts), with the running audit on, and
 drives it with streams, whole answers, chats, several answers to a prompt, clients that leave, shared prefixes, budgets
 from 0 to the longest, and malformed requests (soak_load.py says what is checked of each). Memory is judged from the end
-of a warm-up, which begins with prompts of many lengths: oneDNN keeps a compiled kernel for every number of tokens in a
-step and every shape of linear layer, 1024 at most, which is hundreds of MiB that would look like a leak
-(measure_linear_memory.py). At the end, with streams running, every page summary in the KV cache is compared with its
-keys. Exit code 1 if anything was found.
+of a warm-up, which begins with a prompt of every length that a step takes: oneDNN keeps a compiled kernel for every
+number of tokens in a step and every shape of linear layer, 1024 at most, which is hundreds of MiB that would look like
+a leak (measure_linear_memory.py). At the end, with streams running, every page summary in the KV cache is compared with
+its keys. Exit code 1 if anything was found.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ async def drive(url: str, pid: int, arguments: argparse.Namespace) -> dict[str, 
         model = (await client.get("/v1/models")).json()["data"][0]
         fields = schema_fields((await client.get("/openapi.json")).json())
     load = Load(url, model["id"], model["max_model_len"], arguments.seed, fields, arguments.most_tokens)
-    await load.touch_sizes(arguments.touch, STEP_TOKENS)
+    await load.touch_sizes(arguments.touch)
     start = time.monotonic()
     watcher = asyncio.create_task(watch(process, samples, start, load.tally))
     end = start + 60 * arguments.minutes
@@ -210,7 +210,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=100, help="KV blocks of the server (default 100)")
     parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time before memory is judged")
-    parser.add_argument("--touch", type=int, default=500, help="prompts of many lengths before the load (default 500)")
+    parser.add_argument(
+        "--touch",
+        type=int,
+        default=STEP_TOKENS,
+        help=f"longest of the prompts of every length before the load (default {STEP_TOKENS})",
+    )
     parser.add_argument("--most-tokens", type=int, default=320, help="of an answer (default 320)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path(".cache/bench/soak.log"))

@@ -120,10 +120,10 @@ class Load:
             body["sparse_attention"] = {"token_budget": budget}
         return body
 
-    async def touch_sizes(self, count: int, largest: int) -> None:
-        """``count`` prompts of 1 to ``largest`` tokens, one after the other, behind nobody's prefix."""
-        for _ in range(count):
-            prompt = self.random.choices(range(1000, 40000), k=self.random.randint(1, largest))
+    async def touch_sizes(self, largest: int) -> None:
+        """A prompt of each length from 1 to ``largest`` tokens, one after the other, behind nobody's prefix."""
+        for length in self.random.sample(range(1, largest + 1), largest):
+            prompt = self.random.choices(range(1000, 40000), k=length)
             await self.post("touch", "/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 1})
 
     async def run(self, until: Callable[[], bool]) -> None:

@@ -15,16 +15,24 @@ Cells = Sequence[Mapping[str, Any]]
 def plot_sweep(document: Mapping[str, Any], paths: Sequence[Path]) -> bool:
     """Draw ``document`` into each of ``paths`` (the suffix says how); False where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
+        figure = draw_sweep(document)
     except ImportError:
         return False
+    if document["cells"]:
+        for path in paths:
+            figure.savefig(path, dpi=144)
+    return True
+
+
+def draw_sweep(document: Mapping[str, Any]) -> Any:
+    """The figure of ``document``. Raises ImportError where matplotlib is not installed."""
+    from matplotlib.figure import Figure
+
     cells = document["cells"]
     batches = sorted({cell["batch"] for cell in cells})
     series = list(dict.fromkeys(cell["series"] for cell in cells))
-    if not cells:
-        return True
     figure = Figure(figsize=(max(5.0, 3.8 * len(batches)), 6.4), layout="constrained")
-    axes = figure.subplots(len(ROWS), len(batches), squeeze=False, sharey="row")
+    axes = figure.subplots(len(ROWS), max(1, len(batches)), squeeze=False, sharey="row")
     for column, batch in enumerate(batches):
         for row, (metric, _) in enumerate(ROWS):
             axis = axes[row][column]
@@ -34,12 +42,11 @@ def plot_sweep(document: Mapping[str, Any], paths: Sequence[Path]) -> bool:
         axes[-1][column].set_xlabel("context, tokens")
     for row, (_, label) in enumerate(ROWS):
         axes[row][0].set_ylabel(label)
+        axes[row][0].set_ylim(bottom=0)  # when all columns are drawn: they share it, and it ends the scaling
     if any(cell[ROWS[0][0]] for cell in cells):
         axes[0][0].legend(frameon=False, fontsize=8, title="token budget", title_fontsize=8)
     figure.suptitle(f"{Path(document['settings']['model']).name}: median, and up to the 90th percentile", fontsize=11)
-    for path in paths:
-        figure.savefig(path, dpi=144)
-    return True
+    return figure
 
 
 def _draw(axis: Any, cells: Cells, series: Sequence[str], metric: str) -> None:
@@ -67,7 +74,6 @@ def _dress(axis: Any, contexts: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else str(c) for c in contexts])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
     axis.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):

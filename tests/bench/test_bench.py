@@ -13,6 +13,7 @@ import pytest
 from quest_vllm.bench import run as bench_run
 from quest_vllm.bench.measure import Streamed, describe
 from quest_vllm.bench.plan import Cell
+from quest_vllm.bench.plot import draw_sweep
 from quest_vllm.bench.prompts import MARK_TOKENS, Prompts
 from quest_vllm.bench.server import serve_flags, started, stock_environment
 from quest_vllm.bench.summary import percentiles
@@ -86,6 +87,21 @@ def test_pictures(model_path: Path, tmp_path: Path) -> None:
         assert bench(endpoint.url, tmp_path, "--context", "32,64", "--batch", "1,2", "--tokens", "8")[0] == 0
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "results.svg").read_text()
+
+
+def test_every_point_of_the_picture_is_in_sight() -> None:
+    """The last column's values, too, which exceed the first one's."""
+    pytest.importorskip("matplotlib")
+    cells = [
+        {"context": context, "batch": batch, "series": "dense", "itl_ms": told, "ttft_ms": told}
+        for context, batch in ((1024, 1), (3000, 1), (1024, 2), (3000, 2))
+        for told in [{"p50": context * batch, "p90": 2 * context * batch}]
+    ]
+    figure = draw_sweep({"cells": cells, "settings": {"model": "m"}})
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        assert low == 0 and high >= 2 * 3000 * 2
+    assert len(figure.axes) == 4
 
 
 def test_without_matplotlib_it_says_so(
