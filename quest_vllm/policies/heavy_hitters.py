@@ -30,22 +30,23 @@ class HeavyHitterPolicy:
             raise ValueError("attended: expected the prefill's attention per token, got None")
         budget, size = step.max_page_budget, step.page_size
         logits = token_logits(step)  # [rows, num_kv_heads, group, tokens]
-        pages = logits.shape[-1] // size
+        pages, prefilled = logits.shape[-1] // size, step.attended.shape[1] // size
         selected = torch.full((*logits.shape[:2], budget), -1, dtype=torch.int32)
-        for rows in continuations(step.seq_lens):
-            received = by_page(step.attended, size, pages)
-            filled = step.attended.shape[1] // size  # a whole number of pages was prefilled
-            kept = torch.zeros_like(received, dtype=torch.bool)
-            kept[:, :filled] = True
-            for row in rows:
-                count = -(-int(step.seq_lens[row]) // size)
-                kept[:, filled:count] = True
-                kept = strongest(received, kept, count, budget)
-                filled = count
-                selected[row] = positions(kept, budget)
-                hidden = ~kept.repeat_interleave(size, dim=1)[:, None]
-                weights = logits[row].masked_fill(hidden, float("-inf")).softmax(-1).sum(dim=1)
-                received = received + by_page(weights, size, pages)
+        found = continuations(step.seq_lens)
+        received = by_page(step.attended, size, pages).repeat(len(found), 1, 1)  # [continuations, num_kv_heads, pages]
+        kept = torch.zeros_like(received, dtype=torch.bool)
+        kept[..., :prefilled] = True
+        for offset in range(max(map(len, found), default=0)):  # all continuations at once
+            live = torch.tensor([number for number, rows in enumerate(found) if len(rows) > offset])
+            rows = torch.tensor([found[number][offset] for number in live.tolist()])
+            count = -(-int(step.seq_lens[rows[0]]) // size)
+            kept[live, :, count - 1] = True
+            kept[live] = strongest(received[live], kept[live], count, budget)
+            taken = kept[live].nonzero()[:, -1].view(len(live), received.shape[1], -1)  # as many of every head
+            selected[rows, :, : taken.shape[-1]] = taken.int()
+            hidden = ~kept[live].repeat_interleave(size, dim=-1)[:, :, None]
+            weights = logits[rows].masked_fill(hidden, float("-inf")).softmax(-1).sum(dim=2)
+            received[live] += by_page(weights, size, pages)
         return selected
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
@@ -61,26 +62,16 @@ def continuations(seq_lens: torch.Tensor) -> list[range]:
 
 
 def by_page(per_token: torch.Tensor, size: int, pages: int) -> torch.Tensor:
-    """``[num_kv_heads, tokens]`` added up in pages, ``[num_kv_heads, pages]``; tokens that are not there count 0."""
-    whole = per_token.new_zeros(per_token.shape[0], pages * size)
-    whole[:, : per_token.shape[1]] = per_token
-    return whole.unflatten(1, (pages, size)).sum(-1)
+    """``[..., tokens]`` added up in pages, ``[..., pages]``; tokens that are not there count 0."""
+    missing = pages * size - per_token.shape[-1]
+    return torch.nn.functional.pad(per_token, (0, missing)).unflatten(-1, (pages, size)).sum(-1)
 
 
 def strongest(received: torch.Tensor, kept: torch.Tensor, count: int, budget: int) -> torch.Tensor:
-    """Of ``kept [num_kv_heads, pages]``: as many of the newest as half of ``budget``, then the most attended."""
+    """Of ``kept [..., pages]``: as many of the newest of ``count`` as half of ``budget``, then the most attended."""
     if count <= budget:
         return kept
-    newest = torch.arange(kept.shape[1]) >= count - (budget - budget // 2)
+    newest = torch.arange(kept.shape[-1]) >= count - (budget - budget // 2)
     worth = received.masked_fill(~kept, -1.0).masked_fill(newest & kept, float("inf"))
-    best = worth.topk(budget, dim=1).indices
-    return torch.zeros_like(kept).scatter_(1, best, True) & kept
-
-
-def positions(kept: torch.Tensor, budget: int) -> torch.Tensor:
-    """``[num_kv_heads, pages]`` bool to ascending indices, -1 padded: ``[num_kv_heads, budget]`` int32."""
-    pages = kept.shape[1]
-    index = torch.where(kept, torch.arange(pages), pages).sort(dim=1).values[:, :budget]
-    found = torch.full((kept.shape[0], budget), -1)
-    found[:, : index.shape[1]] = torch.where(index < pages, index, -1)
-    return found.int()
+    best = worth.topk(budget, dim=-1).indices
+    return torch.zeros_like(kept).scatter_(-1, best, True) & kept
