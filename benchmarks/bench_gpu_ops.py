@@ -116,6 +116,12 @@ class Layers:
         rows = (self.query, views.keys, views.values, views.summaries, self.table, self.lengths, budgets)
         implementation.quest_decode(*rows, page_size=PAGE, scale=SCALE, out=self.output, **options)
 
+    def encode(self) -> None:
+        """Put key codes in the place of the minima and maxima."""
+        slots = torch.arange(self.views[0].keys.shape[0] * BLOCK, device="cuda")
+        for views in self.views:
+            cuda.update_page_summaries(views.keys, views.summaries, slots, page_size=PAGE, page_summary="key_codes")
+
     def dense(self, views: PageViews) -> None:
         """One decode step of FlashAttention 3."""
         compat.flash_attn_varlen_func()(
@@ -149,7 +155,7 @@ def ratio(of: dict[str, float], to: dict[str, float]) -> dict[str, float]:
 
 
 def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[str, Any]:
-    """Time one shape, with the original Quest's scores and with the default configuration's."""
+    """Time one shape, with the original Quest's scores, with the default configuration's, and by key codes."""
     bytes_read = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
     layers = Layers(batch, context, bytes_read)
     budgets = layers.ints([budget // PAGE] * batch)
@@ -164,6 +170,11 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[st
     case["speedup"] = ratio(case["fa3"], case["cuda"])
     case["share"] = {way: case["limit"] / time for way, time in case["cuda"].items()}
     case["stages"] = layers.stage_shares(budgets)
+    layers.encode()
+    codes = {"page_summary": "key_codes", "group_reduction": "mass"}
+    case["cuda_key_codes"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **codes))
+    case["triton_key_codes"] = layers.time(lambda views: layers.quest(views, triton, budgets, **codes))
+    case["key_codes_stages"] = layers.stage_shares(budgets, **codes)
     return case
 
 
@@ -192,10 +203,16 @@ def run_write(batch: int) -> dict[str, Any]:
         rows = (views.keys.transpose(1, 2), views.values.transpose(1, 2))
         compat.custom_ops().reshape_and_cache_flash(key, value, *rows, slots, "auto", one, one)
 
-    def ours(views: PageViews) -> None:
-        cuda.KvWriter(views.keys, views.values, views.summaries, page_size=PAGE)(key, value, slots)
+    def ours(views: PageViews, page_summary: str) -> None:
+        caches = (views.keys, views.values, views.summaries)
+        cuda.KvWriter(*caches, page_size=PAGE, page_summary=page_summary)(key, value, slots)
 
-    return {"batch": batch, "stock_write": layers.time(stock), "write_with_summaries": layers.time(ours)}
+    return {
+        "batch": batch,
+        "stock_write": layers.time(stock),
+        "write_with_summaries": layers.time(lambda views: ours(views, "min_max")),
+        "write_with_key_codes": layers.time(lambda views: ours(views, "key_codes")),
+    }
 
 
 def show(case: dict[str, Any]) -> dict[str, Any]:

@@ -305,7 +305,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         if has_summaries and self._ops.kv_writer is not None:
             if self._writer is None or self._writer[0] is not views:
                 caches = (views.keys, views.values, views.summaries)
-                self._writer = (views, self._ops.kv_writer(*caches, page_size=page_size))
+                summary = self.config.page_summary
+                self._writer = (views, self._ops.kv_writer(*caches, page_size=page_size, page_summary=summary))
             self._writer[1](key, value, slot_mapping)
             return
         scales = (layer._k_scale, layer._v_scale)

@@ -39,6 +39,9 @@ QUEST_INLINE VecU to_code(Vec level) {
   return (VecU)(level + splat(8388608.0f)) & 3u;  // 2^23: one unit in the last place is 1
 }
 
+// Where the code of a word's j-th pair begins.
+QUEST_INLINE constexpr uint32_t field_shift(int j) { return uint32_t(j / 2 * 2 + j % 2 * 16); }
+
 // Pair p of channels, head_dim / 4 apart: its first.
 QUEST_INLINE int64_t first_of_pair(int64_t pair, int64_t quarter) { return pair < quarter ? pair : pair + quarter; }
 
@@ -54,7 +57,7 @@ __attribute__((noinline)) void encode_page(const Vec* keys, int64_t dim, int64_t
     const VecI swap = high_b - low_b > high_a - low_a;
     const Vec low = swap ? low_b : low_a;
     const VecU step_code = to_fp8(((swap ? high_b : high_a) - low) * 0.25f);
-    const VecU rest = to_fp8(((swap ? low_a : low_b) + (swap ? high_a : high_b)) * 0.5f);
+    const VecU rest = to_fp8(((swap ? low_a : low_b) + (swap ? high_a : high_b)) * 0.5f + splat(0.0f));  // no -0
     const Vec step = fp8_magnitude(step_code & 0x7fu);
     uint16_t rounded[kLanes];
     store(reinterpret_cast<BFloat16*>(rounded), low + step * 0.5f);
@@ -66,7 +69,7 @@ __attribute__((noinline)) void encode_page(const Vec* keys, int64_t dim, int64_t
       if (!(step[j] > 0.0f)) continue;  // no range, or NaN
       const Vec base = splat(load(reinterpret_cast<const BFloat16*>(rounded))[j]);
       const VecU code = to_code(((swap[j] ? second[j] : first[j]) - base) / step[j]);
-      words |= (hidden ? VecU{} : code) << uint32_t(2 * j);
+      words |= (hidden ? VecU{} : code) << field_shift(j);
     }
     __builtin_memcpy(out + 2 * dim + 4 * pair, &words, sizeof(words));
   }
@@ -116,11 +119,11 @@ QUEST_INLINE void add_codes(VecU word, const float (*weights)[kLanes], Vec* sums
 #if defined(__AVX512F__)
   const __m512 table = _mm512_setr4_ps(0.0f, 1.0f, 2.0f, 3.0f);
   const auto level = [&](int j) {
-    return (Vec)_mm512_permutevar_ps(table, _mm512_srli_epi32((__m512i)word, 2 * j));
+    return (Vec)_mm512_permutevar_ps(table, _mm512_srli_epi32((__m512i)word, field_shift(j)));
   };
 #else
   const auto level = [&](int j) {
-    return __builtin_convertvector((VecI)((word >> uint32_t(2 * j)) & 3u), Vec);
+    return __builtin_convertvector((VecI)((word >> field_shift(j)) & 3u), Vec);
   };
 #endif
   for (int j = 0; j < kLanes; ++j) {

@@ -18,6 +18,8 @@ constexpr int kTileShift = 4;
 constexpr int kTileTokens = 1 << kTileShift;  // tokens that a warp attends to at a time
 constexpr int kBins = 256;         // histogram bins of one selection level, at most one a thread
 constexpr int kCandidates = 256;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 __host__ __device__ __forceinline__ constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
@@ -38,6 +40,7 @@ struct Half;
 template <>
 struct Half<__nv_bfloat16> {
   static constexpr uint32_t kInfinity = 0x7F80;
+  static __device__ __forceinline__ float to_float(uint32_t low) { return __uint_as_float(low << 16); }
   static __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
     __nv_bfloat162 v = __hmin2_nan(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
     return *reinterpret_cast<uint32_t*>(&v);
@@ -63,6 +66,10 @@ struct Half<__nv_bfloat16> {
 template <>
 struct Half<__half> {
   static constexpr uint32_t kInfinity = 0x7C00;
+  static __device__ __forceinline__ float to_float(uint32_t low) {
+    const uint16_t bits = static_cast<uint16_t>(low);
+    return __half2float(*reinterpret_cast<const __half*>(&bits));
+  }
   static __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
     __half2 v = __hmin2_nan(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
     return *reinterpret_cast<uint32_t*>(&v);

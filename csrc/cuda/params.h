@@ -4,6 +4,7 @@
 
 namespace quest {
 
+enum PageSummary : int32_t { kMinMax = 0, kKeyCodes = 1 };
 enum GroupReduction : int32_t { kMax = 0, kMean = 1, kMass = 2 };
 // Where a CTA's clock is read: start, inputs known, scored, selected, attended, done.
 constexpr int kMarks = 6;
@@ -15,7 +16,7 @@ struct DecodeParams {
   const void* query;            // [num_reqs, H * rows, D]
   const void* keys;             // [num_blocks, num_kv_heads, block_size, D]
   const void* values;           // [num_blocks, num_kv_heads, block_size, D]
-  const void* summaries;        // [num_blocks, num_kv_heads, pages_per_block, 2, D]
+  const void* summaries;        // [num_blocks, num_kv_heads, pages_per_block, 2, D], or codes: 4 D bytes a page
   const int32_t* block_table;   // [num_reqs, max_blocks]
   const int32_t* seq_lens;      // [num_reqs]
   const int32_t* page_budgets;  // [num_reqs]
@@ -35,7 +36,7 @@ struct DecodeParams {
   int32_t page_shift, block_shift;  // log2 of tokens in a page and of pages in a block
   int32_t max_pages;
   int32_t sink_pages, recent_pages;
-  int32_t reduction, stages;
+  int32_t reduction, stages, page_summary;
   int32_t cluster_size;
   int32_t plane_pages;  // room for scores: of a CTA's pages in its shared memory, or of a row's in score_scratch
   float bound_radius, scale, softcap;
@@ -46,13 +47,14 @@ struct WriteParams {
   const void* value;            // [num_tokens, num_kv_heads, D]
   void* keys;                   // [num_blocks, num_kv_heads, block_size, D]
   void* values;                 // [num_blocks, num_kv_heads, block_size, D]
-  void* summaries;              // [num_blocks, num_kv_heads, pages_per_block, 2, D]
+  void* summaries;              // [num_blocks, num_kv_heads, pages_per_block, 2, D], or codes: 4 D bytes a page
   const int64_t* slot_mapping;  // [num_tokens]; negative: padding
   int64_t key_token_stride, key_head_stride_in, value_token_stride, value_head_stride_in;
   int64_t key_block_stride, key_head_stride, key_row_stride;
   int64_t value_block_stride, value_head_stride, value_row_stride;
   int64_t summary_block_stride, summary_head_stride, summary_page_stride, summary_bound_stride;
   int32_t num_tokens, num_kv_heads, page_shift, block_shift;  // log2 of tokens in a page and in a block
+  int32_t page_summary;
 };
 
 }  // namespace quest

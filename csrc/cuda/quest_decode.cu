@@ -44,7 +44,7 @@ __host__ __device__ constexpr int inbox_bytes(int rows) {
   return rows * D * static_cast<int>(sizeof(float));
 }
 
-template <typename T, int D, int kHeadTiles>
+template <typename T, int D, int kHeadTiles, template <typename, int, int> class Estimate>
 __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ Shared shared;
   extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   query.load(static_cast<const T*>(p.query) + guess.req * p.query_req_stride +
                  static_cast<int64_t>(guess.head) * p.rows * p.query_head_stride,
              p.query_head_stride, p.rows);
-  const int early_block = PageScorer<T, D, kHeadTiles>::guess_block(p, guess);
+  using Scorer = PageScorer<T, D, kHeadTiles, Estimate<T, D, kHeadTiles>>;
+  const int early_block = Scorer::guess_block(p, guess);
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   // no score is needed where nothing competes, unless somebody reads them
   const bool competition = !row.dense && row.ranked > 0 && row.ranked < row.last - row.first;
   if (p.stages == kScore ? row.total > 0 : competition && (p.stages & kScore)) {
-    range = PageScorer<T, D, kHeadTiles>(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
+    range = Scorer(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
     if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
   } else if (competition && (p.stages & kSelect)) {
     range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);
@@ -131,60 +132,74 @@ struct Grid {
   }
 };
 
-// Launches, or, where `resident` is given, only tells how many clusters the GPU runs at a time.
-template <typename T, int D, int kHeadTiles>
-cudaError_t launch(const DecodeParams& p, cudaStream_t stream, int* resident) {
-  auto kernel = quest_decode_kernel<T, D, kHeadTiles>;
-  const int planes = p.reduction == kMass ? p.rows : 1;
-  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
-  const size_t bytes = window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && p.cluster_size > 8) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+template <typename T, int kHeadTiles, template <typename, int, int> class Estimate>
+struct Kernel {
+  static constexpr auto run = quest_decode_kernel<T, QUEST_HEAD_DIM, kHeadTiles, Estimate>;
+
+  // Launches, or, where `resident` is given, only tells how many clusters the GPU runs at a time.
+  static cudaError_t launch(const DecodeParams& p, cudaStream_t stream, int* resident) {
+    constexpr int D = QUEST_HEAD_DIM;
+    const int planes = p.reduction == kMass ? p.rows : 1;
+    const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
+    const size_t bytes = window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
+    cudaError_t error = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error == cudaSuccess && p.cluster_size > 8) {
+      error = cudaFuncSetAttribute(run, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    if (error != cudaSuccess) return error;
+    const Grid grid(p, bytes, stream);
+    if (resident != nullptr) return cudaOccupancyMaxActiveClusters(resident, run, &grid.config);
+    return cudaLaunchKernelEx(&grid.config, run, p);
   }
-  if (error != cudaSuccess) return error;
-  const Grid grid(p, bytes, stream);
-  if (resident != nullptr) return cudaOccupancyMaxActiveClusters(resident, kernel, &grid.config);
-  return cudaLaunchKernelEx(&grid.config, kernel, p);
-}
+
+  static cudaError_t prepare() {
+    cudaFuncAttributes unused;
+    return cudaFuncGetAttributes(&unused, run);
+  }
+};
+
+using CodedKernel = Kernel<__nv_bfloat16, 1, CodeEstimate>;
+template <typename T, int kHeadTiles>
+using BoxedKernel = Kernel<T, kHeadTiles, BoxEstimate>;
 
 template <typename T>
 cudaError_t launch_rows(const DecodeParams& p, cudaStream_t stream, int* resident) {
-  if (p.rows <= 8) return launch<T, QUEST_HEAD_DIM, 1>(p, stream, resident);
+  if (p.rows <= 8) return BoxedKernel<T, 1>::launch(p, stream, resident);
 #if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8  // 16 warps have no registers for more heads
-  if (p.rows <= 16) return launch<T, QUEST_HEAD_DIM, 2>(p, stream, resident);
+  if (p.rows <= 16) return BoxedKernel<T, 2>::launch(p, stream, resident);
 #endif
   return cudaErrorInvalidValue;
 }
 
-template <typename T, int kHeadTiles>
-cudaError_t prepare() {
-  cudaFuncAttributes unused;
-  return cudaFuncGetAttributes(&unused, quest_decode_kernel<T, QUEST_HEAD_DIM, kHeadTiles>);
+cudaError_t launch_any(const DecodeParams& p, int bfloat16, cudaStream_t stream, int* resident) {
+  if (p.page_summary == kMinMax) {
+    return bfloat16 ? launch_rows<__nv_bfloat16>(p, stream, resident) : launch_rows<__half>(p, stream, resident);
+  }
+  return bfloat16 && p.rows <= 8 ? CodedKernel::launch(p, stream, resident) : cudaErrorInvalidValue;
 }
 
 }  // namespace quest
 
 // Loads the kernels now: a first use while a CUDA graph is captured is too late for that. Returns a cudaError_t.
 extern "C" __attribute__((visibility("default"))) int quest_prepare() {
-  cudaError_t error = quest::prepare<__nv_bfloat16, 1>();
-  if (error == cudaSuccess) error = quest::prepare<__half, 1>();
+  cudaError_t error = quest::BoxedKernel<__nv_bfloat16, 1>::prepare();
+  if (error == cudaSuccess) error = quest::BoxedKernel<__half, 1>::prepare();
+  if (error == cudaSuccess) error = quest::CodedKernel::prepare();
 #if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8
-  if (error == cudaSuccess) error = quest::prepare<__nv_bfloat16, 2>();
-  if (error == cudaSuccess) error = quest::prepare<__half, 2>();
+  if (error == cudaSuccess) error = quest::BoxedKernel<__nv_bfloat16, 2>::prepare();
+  if (error == cudaSuccess) error = quest::BoxedKernel<__half, 2>::prepare();
 #endif
   return error;
 }
 
 // Returns a cudaError_t; `bfloat16` tells the two 16-bit types apart.
 extern "C" __attribute__((visibility("default"))) int quest_decode(const quest::DecodeParams* p, int bfloat16, void* stream) {
-  const auto s = static_cast<cudaStream_t>(stream);
-  return bfloat16 ? quest::launch_rows<__nv_bfloat16>(*p, s, nullptr) : quest::launch_rows<__half>(*p, s, nullptr);
+  return quest::launch_any(*p, bfloat16, static_cast<cudaStream_t>(stream), nullptr);
 }
 
 // How many clusters of such a launch the GPU runs at a time. Returns a cudaError_t.
 extern "C" __attribute__((visibility("default"))) int quest_resident_clusters(const quest::DecodeParams* p, int* resident) {
-  return quest::launch_rows<__nv_bfloat16>(*p, nullptr, resident);
+  return quest::launch_any(*p, 1, nullptr, resident);
 }
 
 extern "C" __attribute__((visibility("default"))) const char* quest_error_string(int error) {

@@ -1,15 +1,10 @@
-// Page scores: q.mid + radius * |q|.rad for every page of the CTA's share (Quest, algorithm 1, at radius 1).
-//
-// The bound is relu(q).k_max + min(q, 0).k_min and its mirror min(q, 0).k_max + relu(q).k_min bounds q.k from below;
-// the tensor cores give both for the price of one, as rows 0-7 and 8-15 of operand A, exactly from 16-bit inputs. A
-// smaller radius is a mix of the two. Bytes: 4 D a page and KV head.
+// Page scores for every page of the CTA's share. What a page may weigh for one query head is an Estimate's to say: by the
+// box of its keys (boxes.cuh) or their codes (codes.cuh). Here the summaries arrive, and the heads are put together.
 #pragma once
-#include "shared.cuh"
-#include "staging.cuh"
+#include "boxes.cuh"
+#include "codes.cuh"
 
 namespace quest {
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 // (max, sum of exp2, min) of a set of bounds.
 struct Mass {
@@ -30,7 +25,7 @@ struct Mass {
   __device__ __forceinline__ void join(const float4& other) { join(other.x, other.y, other.z); }
 };
 
-template <typename T, int D, int kHeadTiles>
+template <typename T, int D, int kHeadTiles, typename Estimate>
 class PageScorer {
  public:
   // buffer[plane * plane_stride + i] receives the score of the CTA's i-th page; for kMass a plane a query head.
@@ -44,20 +39,21 @@ class PageScorer {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
     const int mine = row_.groups();
+    const Estimate estimate(p_, row_, query);
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
     int64_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
 #pragma unroll 1
     for (int k = -2; k < max(mine, 1); ++k) {
       if (k >= 0 && k < mine) {
         Staging<D>::wait_all_but_one();
-        score(query, k);
+        score(estimate, k);
       }
       if (k == 0 && p_.reduction != kMass) offer_range(row_, shared, range_);
       if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
         ahead = beyond;
         beyond = look_up(k + 2 + kLookUp);
       }
-      fill(k + 2, mine, ahead);
+      fill(estimate, k + 2, mine, ahead);
     }
     if (p_.reduction != kMass) return take_range(row_, shared);
     share_mass(shared);
@@ -89,55 +85,32 @@ class PageScorer {
     return block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
   }
 
-  // k_min of the group's pages goes to rows 0-7, k_max to rows 8-15.
-  __device__ __forceinline__ void fill(int group, int groups, int64_t ahead) {
+  __device__ __forceinline__ void fill(const Estimate& estimate, int group, int groups, int64_t ahead) {
     if (group < groups) {
       const T* base = static_cast<const T*>(p_.summaries) + row_.kv_head * p_.summary_head_stride;
 #pragma unroll
       for (int i = 0; i < Staging<D>::kCopies; ++i) {
-        const int index = i * 32 + lane_id(), chunk = index % Staging<D>::kChunks;
-        const int in_group = index / Staging<D>::kChunks / 2, bound = index / Staging<D>::kChunks % 2;
+        const int index = (i * 32 + lane_id()) % (2 * Staging<D>::kChunks);
+        const int in_group = (i * 32 + lane_id()) / (2 * Staging<D>::kChunks);
         const int64_t offset = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + in_group);
-        Staging<D>::copy(staging_.template place<KeyLayout>(group % 2, bound * 8 + in_group, chunk),
-                         base + offset + bound * p_.summary_bound_stride + chunk * 8,
+        Staging<D>::copy(Estimate::place(staging_, group % 2, in_group, index), base + offset + estimate.source(index),
                          Row::first_of(group) + in_group < row_.count);
       }
     }
     Staging<D>::commit();  // an empty group keeps the count
   }
 
-  __device__ __forceinline__ void score(const QueryFragment<D, kHeadTiles>& query, int group) {
-    const int n = lane_id() / 4, t = lane_id() % 4;
-    float sums[kHeadTiles][2][4] = {};  // two sums of each: half as long a chain of dependent products
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-      const uint4 low = Staging<D>::read(staging_.template place<KeyLayout>(group % 2, n, 4 * j + t));
-      const uint4 high = Staging<D>::read(staging_.template place<KeyLayout>(group % 2, 8 + n, 4 * j + t));
-#pragma unroll
-      for (int tile = 0; tile < kHeadTiles; ++tile) bound(sums[tile], query.part[tile][j], low, high);
-    }
+  __device__ __forceinline__ void score(const Estimate& estimate, int group) {
+    float values[kHeadTiles][2];
+    estimate.evaluate(staging_, group % 2, Row::first_of(group), values);
     __syncwarp();  // everybody has read the half
-    store(sums, Row::first_of(group) + 2 * t);
+    store(values, Row::first_of(group) + 2 * (lane_id() % 4));
   }
 
-  // Rows 0-7 gather the upper bound, rows 8-15 the lower one.
-  __device__ __forceinline__ static void bound(float (&sums)[2][4], uint4 q, uint4 low, uint4 high) {
-    const uint32_t pos[4] = {positive_part(q.x), positive_part(q.y), positive_part(q.z), positive_part(q.w)};
-    const uint32_t neg[4] = {negative_part(q.x), negative_part(q.y), negative_part(q.z), negative_part(q.w)};
-    Half<T>::mma(sums[0], pos[0], neg[0], pos[1], neg[1], high.x, high.y);
-    Half<T>::mma(sums[1], neg[0], pos[0], neg[1], pos[1], low.x, low.y);
-    Half<T>::mma(sums[0], pos[2], neg[2], pos[3], neg[3], high.z, high.w);
-    Half<T>::mma(sums[1], neg[2], pos[2], neg[3], pos[3], low.z, low.w);
-  }
-
-  __device__ __forceinline__ float mix(float upper, float lower) const {
-    if (p_.bound_radius == 1.f) return upper;  // not upper + 0 * lower, which turns infinity into NaN
-    return 0.5f * (1.f + p_.bound_radius) * upper + 0.5f * (1.f - p_.bound_radius) * lower;
-  }
-
-  // sums: bounds of head n (of each tile) for the CTA's pages i and i + 1.
-  __device__ __forceinline__ void store(const float (&sums)[kHeadTiles][2][4], int i) {
+  // values: of head n (of each tile) for the CTA's pages i and i + 1.
+  __device__ __forceinline__ void store(const float (&values)[kHeadTiles][2], int i) {
     const int n = lane_id() / 4;
+    const float unit = (Estimate::kScaled ? 1.f : p_.scale) * kLog2e;
     float score[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -145,10 +118,10 @@ class PageScorer {
 #pragma unroll
       for (int tile = 0; tile < kHeadTiles; ++tile) {
         const bool used = tile * 8 + n < p_.rows;
-        const float value = mix(sums[tile][0][c] + sums[tile][1][c], sums[tile][0][c + 2] + sums[tile][1][c + 2]);
+        const float value = values[tile][c];
         if (p_.reduction == kMass) {
           if (used && i + c < row_.count) {
-            const float log2_weight = p_.scale * kLog2e * value;
+            const float log2_weight = unit * value;
             buffer_[(tile * 8 + n) * plane_stride_ + i + c] = log2_weight;
             if (log2_weight == log2_weight) mass_[tile].join(log2_weight, 1.f, log2_weight);  // NaN: its own page's only
           }

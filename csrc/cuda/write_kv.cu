@@ -1,9 +1,9 @@
 // Stores new keys and values, and refreshes the summaries of the pages that they touch, in one launch.
 //
 // One warp serves a (token, KV head). The warp of a page's last token in this call recomputes the page's min/max over
-// rows 0 to its own: rows of this call from the input, earlier ones from the cache, so that no warp waits for another.
-// A reused block's stale summary is never read.
-#include "common.cuh"
+// rows 0 to its own, or their codes: rows of this call from the input, earlier ones from the cache, so that no warp
+// waits for another. A reused block's stale summary is never read.
+#include "encode.cuh"
 
 namespace quest {
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool find_page_rows(const WriteParams& p, int token, 
   return !__any_sync(0xFFFFFFFFu, later);
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kCodes>
 __device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, int head, const int* source) {
   constexpr int kLanes = D / 8, kRows = 32 / kLanes;  // lanes to a row, rows at a time
   constexpr int kRound = 16 / kRows;                  // reads in flight: 16 rows of the page
@@ -61,9 +61,9 @@ __device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, in
   constexpr uint32_t kInfinities = Half<T>::kInfinity * 0x10001u, kSigns = 0x80008000u;
   uint4 low = make_uint4(kInfinities, kInfinities, kInfinities, kInfinities);
   uint4 high = make_uint4(kInfinities | kSigns, kInfinities | kSigns, kInfinities | kSigns, kInfinities | kSigns);
+  uint4 key[kRound] = {};  // a page of 16 keys is read in one round, and stays here
 #pragma unroll 1
   for (int round = lane_id() / kLanes; round < count; round += 16) {
-    uint4 key[kRound];
 #pragma unroll
     for (int k = 0; k < kRound; ++k) {
       const int row = min(round + k * kRows, count - 1);  // the last row once more changes nothing
@@ -84,14 +84,24 @@ __device__ __forceinline__ void summarise(const WriteParams& p, int64_t slot, in
     }
     widen<T>(low, high, other_low, other_high);
   }
-  if (lane_id() >= kLanes) return;
   T* summary = static_cast<T*>(p.summaries) + block * p.summary_block_stride + head * p.summary_head_stride +
-               (block_row >> p.page_shift) * p.summary_page_stride + part;
-  *reinterpret_cast<uint4*>(summary) = low;
-  *reinterpret_cast<uint4*>(summary + p.summary_bound_stride) = high;
+               (block_row >> p.page_shift) * p.summary_page_stride;
+  if constexpr (kCodes) {
+    const PageEncoder<T, D> encoder(low, high);
+    uint8_t* coded = reinterpret_cast<uint8_t*>(summary);
+    if (lane_id() < kLanes) encoder.store_shared(coded);
+#pragma unroll
+    for (int k = 0; k < kRound; ++k) {
+      const int row = lane_id() / kLanes + k * kRows;
+      encoder.store_token(coded, row, key[k], row < count);
+    }
+  } else if (lane_id() < kLanes) {
+    *reinterpret_cast<uint4*>(summary + part) = low;
+    *reinterpret_cast<uint4*>(summary + p.summary_bound_stride + part) = high;
+  }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kCodes>
 __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constant__ WriteParams p) {
   __shared__ int sources[kWarps][kMaxPageSize];
   wait_for_previous_kernel();
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const __grid_constan
       *reinterpret_cast<uint4*>((i < D / 8 ? key_out : value_out) + at) = vector;
     }
   }
-  if (find_page_rows(p, token, slot, neighbours, sources[warp_id()])) summarise<T, D>(p, slot, head, sources[warp_id()]);
+  if (find_page_rows(p, token, slot, neighbours, sources[warp_id()])) summarise<T, D, kCodes>(p, slot, head, sources[warp_id()]);
 }
 
 #ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_write_on_host.py
@@ -132,7 +142,8 @@ cudaError_t launch_write(const WriteParams& p, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, write_kv_kernel<T, QUEST_HEAD_DIM>, p);
+  const auto kernel = p.page_summary == kKeyCodes ? write_kv_kernel<T, QUEST_HEAD_DIM, true> : write_kv_kernel<T, QUEST_HEAD_DIM, false>;
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 }  // namespace quest
@@ -144,9 +155,15 @@ extern "C" __attribute__((visibility("default"))) int quest_write_kv(const quest
 
 // Loads the kernels, as quest_prepare does.
 extern "C" __attribute__((visibility("default"))) int quest_prepare_write() {
-  cudaFuncAttributes unused;
-  cudaError_t error = cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM>);
-  return error ? error : cudaFuncGetAttributes(&unused, quest::write_kv_kernel<__half, QUEST_HEAD_DIM>);
+  const void* kernels[] = {reinterpret_cast<const void*>(quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>),
+                           reinterpret_cast<const void*>(quest::write_kv_kernel<__half, QUEST_HEAD_DIM, false>),
+                           reinterpret_cast<const void*>(quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>),
+                           reinterpret_cast<const void*>(quest::write_kv_kernel<__half, QUEST_HEAD_DIM, true>)};
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes unused;
+    if (const cudaError_t error = cudaFuncGetAttributes(&unused, kernel)) return error;
+  }
+  return cudaSuccess;
 }
 #else
 }  // namespace quest

@@ -144,10 +144,10 @@ def _triton() -> Ops:
 def _cuda(shape: LayerShape | None, page_summary: str) -> Ops:
     from quest_vllm.ops import cuda
 
-    cuda.check_page_summary(page_summary)
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
+        cuda.check_page_summary(page_summary, shape.rows, shape.page_size, shape.dtype)
         cuda.prepare(shape.head_dim)
     return _from_module("cuda", cuda)
 

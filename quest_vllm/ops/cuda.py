@@ -3,7 +3,8 @@
 Shapes and semantics are those of :mod:`quest_vllm.ops.reference`. The three stages run by themselves for tests and
 measurement; serving uses the fused launch, in which scores and partial results never leave the chip. Every launch is
 safe inside a CUDA graph. Limits, each checked: bfloat16 or float16, head_dim 64, 128 or 256, page_size a power of two
-from 16 to 256, at most 16 query heads a selection (8 at head_dim 256). Nothing falls back.
+from 16 to 256, at most 16 query heads a selection (8 at head_dim 256); with key codes bfloat16, page_size 16 and at
+most 8 query heads. Nothing falls back.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quest_vllm.ops import cuda_build
+from quest_vllm.ops import cuda_build, key_codes
 from quest_vllm.ops.build_tools import KernelsUnavailable
-from quest_vllm.ops.cuda_params import ATTEND, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
+from quest_vllm.ops.cuda_params import ATTEND, PAGE_SUMMARIES, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
@@ -24,6 +25,7 @@ ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
+MOST_CODED_ROWS = 8  # query heads that share a selection by key codes
 
 
 @functools.cache
@@ -83,10 +85,19 @@ def check_layer(head_dim: int, rows: int, page_size: int, block_size: int, dtype
         )
 
 
-def check_page_summary(page_summary: str) -> None:
-    """Raise :class:`KernelsUnavailable` for summaries that the kernels do not know."""
-    if page_summary != "min_max":
-        raise KernelsUnavailable(f"page_summary: expected min_max, got {page_summary}, which implementation triton has")
+def check_page_summary(page_summary: str, rows: int, page_size: int, dtype: torch.dtype) -> None:
+    """Raise :class:`KernelsUnavailable` for summaries that the kernels do not know, or not for such a layer."""
+    if page_summary not in PAGE_SUMMARIES:
+        raise KernelsUnavailable(f"page_summary: expected one of {tuple(PAGE_SUMMARIES)}, got {page_summary}")
+    if page_summary == "min_max":
+        return
+    for name, fits, expected, got in (
+        ("dtype", dtype == torch.bfloat16, "bfloat16", dtype),
+        ("page_size", page_size == key_codes.TOKENS, key_codes.TOKENS, page_size),
+        ("query heads a selection", rows <= MOST_CODED_ROWS, f"at most {MOST_CODED_ROWS}", rows),
+    ):
+        if not fits:
+            raise KernelsUnavailable(f"{name}: expected {expected} with page_summary {page_summary}, got {got}")
 
 
 def _most_rows(head_dim: int) -> int:
@@ -125,7 +136,9 @@ class _Shape:
 
 
 @functools.cache
-def _resident_clusters(head_dim: int, warps: int, rows: int, cluster_size: int, plane_pages: int) -> int:
+def _resident_clusters(
+    head_dim: int, warps: int, rows: int, cluster_size: int, plane_pages: int, page_summary: int
+) -> int:
     """How many clusters of a launch the current GPU runs at a time: less than its SMs over the CTAs of a cluster."""
     params = DecodeParams(
         rows=rows,
@@ -134,6 +147,7 @@ def _resident_clusters(head_dim: int, warps: int, rows: int, cluster_size: int, 
         num_reqs=1,
         num_select_heads=1,
         reduction=REDUCTIONS["max"],
+        page_summary=page_summary,
     )
     library, resident = load(head_dim, warps), ctypes.c_int()
     error = library.quest_resident_clusters(ctypes.byref(params), ctypes.byref(resident))
@@ -149,8 +163,8 @@ def _default_warps(params: DecodeParams, shape: _Shape) -> int:
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
     pages = 0 if params.score_scratch else planes * params.plane_pages
     clusters = shape.num_reqs * shape.num_select_heads
-    fits = clusters <= _resident_clusters(shape.head_dim, 16, shape.rows, params.cluster_size, pages)
-    return 16 if fits else 8
+    launch = (shape.head_dim, 16, shape.rows, params.cluster_size, pages, params.page_summary)
+    return 16 if clusters <= _resident_clusters(*launch) else 8
 
 
 def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int | None = None) -> None:
@@ -232,8 +246,16 @@ def _common(
     return params, shape
 
 
-def _set_summaries(params: DecodeParams | WriteParams, summaries: torch.Tensor, dtype: torch.dtype) -> None:
+def _set_summaries(
+    params: DecodeParams | WriteParams, summaries: torch.Tensor, dtype: torch.dtype, page_summary: str
+) -> None:
+    """``params`` knows the page's size."""
+    rows = params.rows if isinstance(params, DecodeParams) else 1
+    check_page_summary(page_summary, rows, 1 << params.page_shift, dtype)
     _check_rows(summaries, "summaries", dtype)
+    if page_summary == "key_codes":
+        key_codes.code_bytes(summaries)
+    params.page_summary = PAGE_SUMMARIES[page_summary]
     params.summaries = summaries.data_ptr()
     block, head, page, bound = summaries.stride()[:4]
     params.summary_block_stride, params.summary_head_stride = block, head
@@ -281,7 +303,6 @@ def quest_decode(
     num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
     (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
-    check_page_summary(page_summary)
     params, shape = _common(
         query,
         key_cache,
@@ -296,7 +317,7 @@ def quest_decode(
     if out.numel() == 0:
         return out
     _set_caches(params, key_cache, value_cache, query.dtype)
-    _set_summaries(params, summaries, query.dtype)
+    _set_summaries(params, summaries, query.dtype, page_summary)
     _check_rows(out, "out", query.dtype)
     params.chosen, params.out = None if chosen is None else chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
@@ -322,7 +343,6 @@ def score_pages(
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Run the score stage alone; see :func:`quest_vllm.ops.reference.score_pages`."""
-    check_page_summary(page_summary)
     budgets = torch.zeros_like(seq_lens)
     per_query_head = group_reduction == "per_query_head"
     params, shape = _common(query, summaries, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
@@ -330,7 +350,7 @@ def score_pages(
     scores = torch.full(size, float("-inf"), dtype=torch.float32, device=query.device)
     if scores.numel() == 0:
         return scores
-    _set_summaries(params, summaries, query.dtype)
+    _set_summaries(params, summaries, query.dtype, page_summary)
     params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
     params.bound_radius, params.scale = bound_radius, scale
     _launch_decode(params, shape, query)
@@ -415,7 +435,7 @@ def sparse_paged_attention(
 
 
 def _cache_params(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, page_size: int
+    key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, page_size: int, page_summary: str
 ) -> WriteParams:
     check_layer(key_cache.shape[3], 1, page_size, key_cache.shape[2], key_cache.dtype)
     params = WriteParams(
@@ -423,7 +443,7 @@ def _cache_params(
         page_shift=page_size.bit_length() - 1,
         block_shift=key_cache.shape[2].bit_length() - 1,
     )
-    _set_summaries(params, summaries, key_cache.dtype)
+    _set_summaries(params, summaries, key_cache.dtype, page_summary)
     _set_caches(params, key_cache, value_cache, key_cache.dtype)
     return params
 
@@ -434,10 +454,15 @@ def _set_slots(params: WriteParams, slot_mapping: torch.Tensor) -> None:
 
 
 def summary_params(
-    key_cache: torch.Tensor, summaries: torch.Tensor, slot_mapping: torch.Tensor, *, page_size: int
+    key_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    page_size: int,
+    page_summary: str = "min_max",
 ) -> WriteParams:
     """Parameters of a launch that refreshes summaries and stores nothing."""
-    params = _cache_params(key_cache, key_cache, summaries, page_size)
+    params = _cache_params(key_cache, key_cache, summaries, page_size, page_summary)
     _set_slots(params, slot_mapping)
     return params
 
@@ -454,8 +479,7 @@ def update_page_summaries(
 
     The tokens of one page must lie within ``page_size`` positions of one another in ``slot_mapping``.
     """
-    check_page_summary(page_summary)
-    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size)
+    params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size, page_summary=page_summary)
     _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 
 
@@ -467,9 +491,15 @@ class KvWriter:
     """
 
     def __init__(
-        self, key_cache: torch.Tensor, value_cache: torch.Tensor, summaries: torch.Tensor, *, page_size: int
+        self,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        summaries: torch.Tensor,
+        *,
+        page_size: int,
+        page_summary: str = "min_max",
     ) -> None:
-        self._params = _cache_params(key_cache, value_cache, summaries, page_size)
+        self._params = _cache_params(key_cache, value_cache, summaries, page_size, page_summary)
         self._head_dim, self._dtype = key_cache.shape[3], key_cache.dtype
 
     def fill(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> WriteParams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+PAGE_SUMMARIES = {"min_max": 0, "key_codes": 1}
 REDUCTIONS = {"max": 0, "per_query_head": 0, "mean": 1, "mass": 2}
 SCORE, SELECT, ATTEND = 1, 2, 4
 
@@ -25,7 +26,8 @@ class DecodeParams(ctypes.Structure):
         *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride"),
         *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
         *_fields(ctypes.c_int32, "page_shift block_shift max_pages"),
-        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages cluster_size plane_pages"),
+        *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages page_summary"),
+        *_fields(ctypes.c_int32, "cluster_size plane_pages"),
         *_fields(ctypes.c_float, "bound_radius scale softcap"),
     ]
 
@@ -39,5 +41,5 @@ class WriteParams(ctypes.Structure):
         *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
         *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
         *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
-        *_fields(ctypes.c_int32, "num_tokens num_kv_heads page_shift block_shift"),
+        *_fields(ctypes.c_int32, "num_tokens num_kv_heads page_shift block_shift page_summary"),
     ]

@@ -15,7 +15,8 @@ D = head_dim, a page's first 4 * D bytes hold
     base   [D / 2]             bfloat16        of pair p; pairs 0 .. D/4 - 1 start at channel p, the others at p + D/4
     step   [D / 2]             float8_e4m3fn   the sign bit says that the second channel of the pair is coded
     rest   [D / 2]             float8_e4m3fn   of the other channel, saturated at 448
-    codes  [D / 32, 16] words  uint32          pair 16 w + j of token t: bits 2 j and 2 j + 1 of word (w, t)
+    codes  [D / 32, 16] words  uint32          word (w, t) of token t: pair 16 w + 2 i in bits 2 i and 2 i + 1, and
+                                               16 w + 2 i + 1 sixteen bits above, so that a shift serves two lanes
 
 A page's score for a query head is the log of the attention mass that the estimates promise its tokens: the log-sum-exp
 of ``scale * q.k`` over those of its tokens that the request has. Knows tensors only.
@@ -28,6 +29,8 @@ import torch
 TOKENS = 16  # of a page
 CHANNELS = 64  # head_dim is a multiple: pairs come in whole vectors of sixteen
 FP8_MAX = 448.0
+FIELD_SHIFTS = tuple(pair // 2 * 2 + pair % 2 * 16 for pair in range(16))
+"""Where a pair's code begins in its word."""
 
 
 def check_sizes(head_dim: int, page_size: int) -> None:
@@ -76,14 +79,15 @@ def encode(keys: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     low = torch.where(second, second_low, first_low)
     step = _to_fp8((torch.where(second, second_high, first_high) - low) * 0.25)
     base = _to_bfloat16(low + step.float() * 0.5)
-    rest = _to_fp8((torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)) * 0.5)
+    middle = torch.where(second, first_low, second_low) + torch.where(second, first_high, second_high)
+    rest = _to_fp8(middle * 0.5 + 0.0)  # which zero a minimum is differs between implementations
     coded = torch.where(second[..., None, :], *reversed(split_pairs(keys)))  # [..., 16, D / 2]
     levels = (coded - base.float()[..., None, :]) / step.float()[..., None, :]
     levels = torch.where(levels > 0, levels.clamp(max=3), 0.0).round().long()  # NaN is none; ties go to even
     levels = levels.masked_fill((step.float() == 0)[..., None, :] | hidden, 0)
-    shifts = 2 * torch.arange(16, device=keys.device)
+    shifts = torch.tensor(FIELD_SHIFTS, device=keys.device)
     words = (levels.unflatten(-1, (-1, 16)) << shifts).sum(-1).transpose(-1, -2)  # [..., D / 32, 16]
-    signed = step.view(torch.uint8) | second.to(torch.uint8) << 7
+    signed = step.view(torch.uint8) & 127 | second.to(torch.uint8) << 7
     parts = (base.view(torch.uint8), signed, rest.view(torch.uint8), _little_endian(words).flatten(-3))
     return torch.cat(parts, dim=-1)
 
@@ -118,7 +122,8 @@ def _levels(codes: torch.Tensor) -> torch.Tensor:
     """``[..., 2 * D]`` bytes to the codes ``[..., 16, D / 2]`` uint8."""
     by_token = codes.unflatten(-1, (-1, TOKENS, 4)).transpose(-3, -2)  # [..., 16, D / 32, 4]
     fields = by_token[..., None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device) & 3
-    return fields.flatten(-3)
+    halves = fields.flatten(-2).unflatten(-1, (2, 8))  # [..., 16, D / 32, 2, 8]
+    return halves.transpose(-1, -2).flatten(-3)
 
 
 def page_logits(query: torch.Tensor, coded: torch.Tensor, tokens: torch.Tensor, *, scale: float) -> torch.Tensor:

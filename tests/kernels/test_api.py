@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
+import torch
 
-from quest_vllm.ops import api, cpu
+from quest_vllm.ops import api, cpu, cuda
+from quest_vllm.ops.build_tools import KernelsUnavailable
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +48,16 @@ def test_auto_without_a_compiler_warns_and_takes_plain_torch(
         api.load_ops("cpu", "cpu")
 
 
-def test_codes_of_keys_are_refused_by_the_cuda_kernels_and_go_to_triton(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("triton")
-    with pytest.raises(api.ImplementationUnavailable, match="cuda: page_summary: expected min_max, got key_codes"):
-        api.load_ops("cuda", "cuda", page_summary="key_codes")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        assert api.load_ops("auto", "cuda", page_summary="key_codes").name == "triton"
-    assert (
-        "page_summary: expected min_max, got key_codes, which implementation triton has); using triton" in caplog.text
-    )
+@pytest.mark.parametrize(
+    "layer,said",
+    [
+        ((4, 16, torch.float16), "dtype: expected bfloat16 with page_summary key_codes, got torch.float16"),
+        ((4, 32, torch.bfloat16), "page_size: expected 16 with page_summary key_codes, got 32"),
+        ((9, 16, torch.bfloat16), "query heads a selection: expected at most 8 with page_summary key_codes, got 9"),
+    ],
+)
+def test_layers_whose_codes_the_cuda_kernels_cannot_read_are_refused(layer: tuple[Any, ...], said: str) -> None:
+    cuda.check_page_summary("key_codes", 8, 16, torch.bfloat16)
+    cuda.check_page_summary("min_max", *layer)
+    with pytest.raises(KernelsUnavailable, match=said):
+        cuda.check_page_summary("key_codes", *layer)

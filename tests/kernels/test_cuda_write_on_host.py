@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quest_vllm.ops import build_tools, cuda, cuda_build
+from quest_vllm.ops import build_tools, cuda, cuda_build, key_codes, reference
 from quest_vllm.ops.build_tools import KernelsUnavailable
 from tests.kernels.paged import make_case
 
@@ -76,3 +76,22 @@ def test_summaries_alone_read_the_cache(kernel) -> None:
     write(ctypes.byref(params), 0)
     written = want.isfinite()
     assert torch.equal(case.views.summaries[written], want[written])
+
+
+@pytest.mark.parametrize("chunk,spread", [(1, 1.0), (7, 900.0), (50, 0.002)])
+def test_key_codes_are_the_references_bytes(kernel, chunk: int, spread: float) -> None:
+    head_dim, write = kernel
+    case = make_case([18, 5, 16], group=1, head_dim=head_dim, block_size=64, page_size=16, dtype=torch.bfloat16)
+    slots, keys = case.slots(), case.views.keys  # every barrier of the emulated warp costs
+    keys.mul_(spread)
+    keys[..., ::3] = (keys[..., ::3] * 4).round() / 4  # ties, and channels that do not move
+    keys[..., 5] = 3.0
+    given = keys[slots // 64, :, slots % 64]
+    into = [torch.zeros_like(cache) for cache in (keys, case.views.values, case.views.summaries)]
+    want = torch.zeros_like(case.views.summaries)
+    writer = cuda.KvWriter(*into, page_size=16, page_summary="key_codes")
+    for first in range(0, len(slots), chunk):
+        part = slice(first, first + chunk)
+        write(ctypes.byref(writer.fill(given[part], given[part], slots[part])), 0)
+        reference.update_page_summaries(into[0], want, slots[part], page_size=16, page_summary="key_codes")
+        assert torch.equal(key_codes.code_bytes(into[2]), key_codes.code_bytes(want))

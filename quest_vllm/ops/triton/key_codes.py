@@ -76,6 +76,13 @@ def to_level(x):
 
 
 @triton.jit
+def field_shifts():
+    """Where the codes of a word's sixteen pairs begin."""
+    pair = tl.arange(0, 16)
+    return (pair & 14) + ((pair & 1) << 4)
+
+
+@triton.jit
 def first_of_pair(pair, QUARTER: tl.constexpr):
     """Channel; the pair's second lies ``QUARTER`` behind it."""
     return tl.where(pair < QUARTER, pair, pair + QUARTER)
@@ -131,12 +138,12 @@ def encode_pages_kernel(
             divisor = tl.broadcast_to(tl.where(has_range, step[None, :], 1.0), (16, CHUNK))
             level = to_level(tl.div_rn(offset, divisor))
             level = tl.where(has_range & written, level, 0)
-            fields = tl.reshape(level, (16, CHUNK // 16, 16)) << (2 * tl.arange(0, 16))[None, None, :]
+            fields = tl.reshape(level, (16, CHUNK // 16, 16)) << field_shifts()[None, None, :]
             words = tl.sum(fields, axis=2)  # disjoint bits
             word = start + 16 * tl.arange(0, CHUNK // 16)[None, :] + tokens[:, None]
             tl.store(out.to(tl.pointer_type(tl.int16)) + pair, base_bits.to(tl.int16))
             tl.store(out + HEAD_DIM + pair, (step_code | tl.where(swap, 0x80, 0)).to(tl.uint8))
-            tl.store(out + HEAD_DIM + HEAD_DIM // 2 + pair, to_fp8(rest_sum * 0.5).to(tl.uint8))
+            tl.store(out + HEAD_DIM + HEAD_DIM // 2 + pair, to_fp8(rest_sum * 0.5 + 0.0).to(tl.uint8))
             tl.store(out.to(tl.pointer_type(tl.int32)) + HEAD_DIM // 2 + word, words)
 
 
@@ -232,7 +239,7 @@ def score_codes_kernel(
                 word = HEAD_DIM // 2 + start + 16 * tl.arange(0, CHUNK // 16)[None, None, :] + token[None, :, None]
                 words = row.to(tl.pointer_type(tl.int32))[:, None, None] + word
                 words = tl.load(words, mask=valid[:, None, None], other=0)
-                levels = (words[:, :, :, None] >> (2 * tl.arange(0, 16))[None, None, None, :]) & 3
+                levels = (words[:, :, :, None] >> field_shifts()[None, None, None, :]) & 3
                 levels = tl.reshape(levels, (TILE, TOKENS, CHUNK)).to(tl.float32)
                 first_own = (levels * tl.where(swap, 0.0, step)[:, None, :]).to(tl.bfloat16)
                 second_own = (levels * tl.where(swap, step, 0.0)[:, None, :]).to(tl.bfloat16)

@@ -1,6 +1,7 @@
 // Just enough of CUDA to run a warp's program on a CPU: 32 threads that meet wherever the warp does.
 #pragma once
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -52,6 +53,8 @@ inline int __any_sync(unsigned, bool vote) {
   for (int step = 16; step > 0; step /= 2) any |= __shfl_xor_sync(0u, any, step);
   return any;
 }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 template <typename T>
 T min(T a, T b) { return b < a ? b : a; }
 template <typename T>

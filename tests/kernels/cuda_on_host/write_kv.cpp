@@ -12,7 +12,11 @@ extern "C" void write_kv_on_host(const quest::WriteParams* p, int backwards) {
         const unsigned unit = backwards ? units - 1 - i : i;
         blockIdx.x = unit / quest::kWarps;
         threadIdx.x = unit % quest::kWarps * 32 + lane;
-        quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM>(*p);
+        if (p->page_summary == quest::kKeyCodes) {
+          quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>(*p);
+        } else {
+          quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>(*p);
+        }
         __syncwarp();
       }
     });
