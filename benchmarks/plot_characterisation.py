@@ -111,7 +111,7 @@ def draw_quality(models: list[Measured]) -> Figure:
     axes[0][0].set_ylabel("KL to dense, nats a token (lower is better)")
     axes[1][0].set_ylabel("needles answered, % (dashed: dense)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(models), frameon=False)
     return figure
 
 
@@ -205,8 +205,9 @@ def draw_times(axis: Axes, found: list[Times]) -> None:
         heights = [(times.bars[name] or 0) / (times.bars["dense"] or 1) for times in found]
         places = [group + 0.2 * (number - 1.5) for group in range(len(found))]
         axis.bar(places, heights, 0.19, color=colour, label=name)
-    labels = [times.title.split(", ", 1)[1].replace("1 thread, ", "").replace(", ", "\n") for times in found]
+    labels = [times.title.split(", ", 1)[1].replace("1 thread, ", "").replace(", budget ", "\n") for times in found]
     axis.set_xticks(range(len(found)), labels, fontsize=8)
+    axis.set_xlabel("context x batch, budget below", fontsize=9)
     axis.grid(axis="y", alpha=0.25)
 
 
