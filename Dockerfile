@@ -1,5 +1,7 @@
 # CPU image: the set-up of `make serve`, in two stages; the second has neither compiler nor test tools.
-#   docker build -t quest-vllm-cpu . && docker run --init --shm-size=1g -p 8000:8000 quest-vllm-cpu
+#   docker build --build-arg PIP_EXTRA_INDEX_URL -t quest-vllm-cpu .
+#   docker run --init --shm-size=1g -p 8000:8000 quest-vllm-cpu
+# PIP_EXTRA_INDEX_URL, in your environment, names an index with torch's CPU builds (docs/get-started.md).
 # Another model, any flag of `vllm serve`: docker run ... quest-vllm-cpu MODEL --host 0.0.0.0 [flags]
 # The base is pinned by digest, Python packages by hash (docker/lock-cpu.txt; x86-64), Debian's packages by neither.
 ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1
@@ -9,6 +11,7 @@ FROM ${PYTHON_IMAGE} AS build
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential git make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/quest_vllm
 COPY . .
+ARG PIP_EXTRA_INDEX_URL
 ENV QUEST_VLLM_CACHE=/opt/quest_vllm/.cache/kernels PIP_NO_CACHE_DIR=1
 # the kernels are built for every instruction set and chosen when the server starts, so any x86-64 machine can build
 RUN make env kernels model LOCKED=1 \

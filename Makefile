@@ -27,8 +27,9 @@ $(VENV)/.ready: docker/requirements-cpu.txt docker/requirements-build.txt docker
 ifdef LOCKED
 	$(BIN)/python -m pip install --require-hashes --no-deps --find-links $(VENV)/stubs -r docker/lock-cpu.txt
 else
-	@# torch goes first: without it, other packages would pull the newest one
-	$(BIN)/python -m pip install torch==2.13.0
+	@# torch goes first: without it, other packages would pull the newest one, and its CUDA libraries
+	$(BIN)/python -m pip install torch==2.13.0+cpu || { \
+	echo "expected an index with torch 2.13.0+cpu, PyTorch's CPU build: name one in PIP_EXTRA_INDEX_URL (docs/get-started.md)"; exit 1; }
 	$(BIN)/python -m pip install --find-links $(VENV)/stubs -r docker/requirements-cpu.txt
 	$(BIN)/python -m pip install -r docker/requirements-dev.txt
 endif

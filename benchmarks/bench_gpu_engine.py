@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -23,36 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import commit, save
+from engine_case import LLAMA_8B, add_ratios, describe, write_config
+from provenance import save
 
 # context, batch, budget
 CASES = ((256, 1, 2048), (32768, 1, 2048), (32768, 8, 2048), (131072, 1, 4096), (65536, 4, 2048))
-
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 140000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 def build_engine(arguments: argparse.Namespace, folder: str, backend: str) -> Any:
     """An in-process engine with dummy weights."""
     from vllm import LLM
 
-    (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": arguments.layers}))
+    write_config(folder, LLAMA_8B, arguments.layers)
     return LLM(
         model=folder,
         load_format="dummy",
@@ -110,22 +91,14 @@ def child(arguments: argparse.Namespace) -> None:
             print("CASE " + json.dumps(record), flush=True)
 
 
-def describe() -> dict[str, Any]:
-    """GPU, versions and command of this run."""
+def device() -> dict[str, Any]:
+    """What :func:`engine_case.describe` says of this machine."""
     import torch
 
     from quest_vllm.config import load_config
     from quest_vllm.ops.api import load_ops
 
-    return {
-        "implementation": load_ops(load_config(None).implementation, "cuda").name,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "vllm": __import__("vllm").__version__,
-        "python": platform.python_version(),
-        "command": " ".join(sys.argv),
-        "commit": commit(),
-    }
+    return describe(torch.cuda.get_device_name(), load_ops(load_config(None).implementation, "cuda").name)
 
 
 def main() -> None:
@@ -147,15 +120,11 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout[-2000:] if done.returncode else "", flush=True)
         records += [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")]
-    stock = {(r["context"], r["batch"]): r for r in records if r["backend"] == "FLASH_ATTN"}
+    add_ratios(records)
     for record in records:
-        base = stock.get((record["context"], record["batch"]))
-        if record["backend"] == "CUSTOM" and base:
-            record["speedup"] = base["time_per_output_token"] / record["time_per_output_token"]
-            record["time_to_first_token_ratio"] = base["time_to_first_token"] / record["time_to_first_token"]
         print(record, flush=True)
     if arguments.output:
-        save({"benchmark": "gpu_engine", **describe(), "cases": records}, arguments.output)
+        save({"benchmark": "gpu_engine", **device(), "cases": records}, arguments.output)
 
 
 if __name__ == "__main__":

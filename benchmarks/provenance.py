@@ -29,7 +29,9 @@ def cpu_model() -> str:
 
 
 def save(document: Mapping[str, Any], output: Path | None) -> None:
-    """Write a result file, its folder too; None: nowhere."""
+    """Write a result file, its folder too, whole or not at all; None: nowhere."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=1) + "\n")
+        unfinished = output.with_name(output.name + ".tmp")
+        unfinished.write_text(json.dumps(document, indent=1) + "\n")
+        unfinished.replace(output)

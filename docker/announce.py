@@ -16,12 +16,14 @@ import urllib.request
 REQUEST = """
 The server is up. Paste this into another terminal:
 
-  curl -s http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+  curl -s http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d '{{
     "model": "{model}",
-    "messages": [{{"role": "user", "content": "Name three rivers."}}],
-    "max_tokens": 64,
-    "vllm_xargs": {{"quest_token_budget": 512}}
+    "prompt": "'"$(seq -s ' ' 600)"'",
+    "max_tokens": 16,
+    "sparse_attention": {{"token_budget": 256}}
   }}'
+
+It counts on; "usage" says how many of the prompt's tokens each step read. What the server did so far:
 
   curl -s http://127.0.0.1:{port}/metrics | grep ^quest_
 """

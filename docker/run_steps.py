@@ -91,6 +91,10 @@ class Runner:
             name, _, value = item.partition("=")
             self.environment[name] = value.replace("$PATH", self.environment["PATH"])
 
+    def do_arg(self, rest: str) -> None:
+        if rest in os.environ:
+            self.environment[rest] = os.environ[rest]
+
     def do_copy(self, rest: str) -> None:
         if "--from=" in rest:
             print("   (the earlier stage's files are in place already)")

@@ -27,7 +27,7 @@ from quest_vllm.ops.api import Ops, load_ops
 from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import BoundViews, PageViews
-from quest_vllm.tally import get_tally_table
+from quest_vllm.tally import get_tally_table, get_tally_writer
 from quest_vllm.token_rows import StepRows, step_rows
 
 _cpu = compat.cpu_attention()
@@ -86,7 +86,10 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         layers = compat.attention_layers(vllm_config, layer_names)
         sparse_layers = count_sparse_layers(layers, self.config)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
-        # built, or refused, at start-up and not by the first request
+        # files made, kernels built, or either refused, at start-up and not by the first request
+        get_tally_writer()
+        if self.config.page:
+            get_trace_writer()
         load_ops(self.config.implementation, "cpu", self.isa)
         self.group = LayerGroup(
             num_sparse_layers=sparse_layers,

@@ -17,6 +17,7 @@ class QuestCapabilities:
     """Mixin in front of a dense vLLM backend."""
 
     forward_includes_kv_cache_update = False
+    supported_kv_cache_dtypes: list[str]
 
     @staticmethod
     def get_name() -> str:
@@ -77,6 +78,14 @@ class QuestCapabilities:
     def supports_mm_prefix(cls) -> bool:
         """Bidirectional multimodal prefixes are not decode attention."""
         return False
+
+    @classmethod
+    def validate_configuration(cls, **features: Any) -> list[str]:
+        """vLLM's reasons why a layer with ``features`` cannot be served; those that name no value get it here."""
+        reasons: list[str] = super().validate_configuration(**features)  # type: ignore[misc]
+        dtype, expected = features.get("kv_cache_dtype"), ", ".join(cls.supported_kv_cache_dtypes)
+        told = f"kv_cache_dtype not supported: expected one of {expected}, got {dtype}"
+        return [told if reason == "kv_cache_dtype not supported" else reason for reason in reasons]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

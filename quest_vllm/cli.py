@@ -80,10 +80,10 @@ def serve_command(arguments: Sequence[str]) -> list[str]:
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Replace this process by vLLM's server, so that signals and exit codes are vLLM's own."""
+    """Replace this process by vLLM's server, so that signals are vLLM's own; exit codes: server/process.py."""
     theirs, flags = split_flags(arguments)
     environment = {**os.environ, **flags}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *serve_command(theirs)]
+    command = [sys.executable, "-m", "quest_vllm.server.process", *serve_command(theirs)]
     if any(word in ("-h", "--help") for word in theirs):
         print(parser().format_help())
     try:

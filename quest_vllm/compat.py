@@ -8,6 +8,7 @@ that importing quest_vllm neither imports vLLM nor touches a device.
 | ``AttentionBackend.customize_spec`` | marked temporary upstream (vllm-project/vllm#42449) | backends own their spec |
 | ``v1.attention.backends.cpu_attn`` | private module; the dense path and its KV writer | a public CPU dense kernel |
 | ``v1.worker.cpu_worker.CPUWorker`` subclass | V1 drops plugins' logits processors when it speculates | V1 keeps them |
+| ``give_stage_buffers`` | vLLM-CPU makes them only when it compiles | it makes them always |
 | ``compat_seeds.py``: its sampling with seeds | V1 ends the engine at a chunked prefill with a seed | V1 does not |
 | ``platforms.cpu.CpuPlatform`` subclass | the CPU platform ignores ``--attention-backend`` | it honours CUSTOM itself |
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +89,16 @@ def cpu_platform_module() -> ModuleType:
 def cpu_worker() -> ModuleType:
     """``vllm.v1.worker.cpu_worker``."""
     return importlib.import_module("vllm.v1.worker.cpu_worker")
+
+
+def give_stage_buffers(runner: Any) -> None:
+    """Make what a pipeline stage after the first receives into, where model runner V1 has not made it yet."""
+    first = importlib.import_module("vllm.distributed").get_pp_group().is_first_rank
+    if first or getattr(runner, "intermediate_tensors", runner) is not None:  # runner V2 has no such attribute
+        return
+    runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )
 
 
 def no_compilation() -> Any:
@@ -210,3 +222,15 @@ def default_model_runner(is_cpu: bool) -> str:
 def cpu_kv_format(dtype: Any, head_size: int) -> str:
     """How vLLM-CPU packs keys and values of this type here: "amx", "vec", "vec16", ..."""
     return str(cpu_attention()._get_attn_isa(dtype, 128, head_size))
+
+
+def vllm_command() -> Callable[[], None]:
+    """The console script ``vllm``."""
+    main: Callable[[], None] = importlib.import_module("vllm.entrypoints.cli.main").main
+    return main
+
+
+def engine_died(engine_client: Any) -> bool:
+    """Whether an ``AsyncLLM`` lost its engine: then its output task ended by itself; a shutdown cancels it."""
+    task = getattr(engine_client, "output_handler", None)
+    return task is not None and task.done() and not task.cancelled()

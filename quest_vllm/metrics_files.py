@@ -10,6 +10,9 @@ vLLM's modes work with the same writer:
 
 A process that dies leaves its file, so its counts stay. Files live as long as the server: the process that named the
 directory removes it. Workers on another host are not seen.
+
+A store into a mapped file on a full disk kills the process (SIGBUS). So every file takes its room at start-up, which
+fails with a message where there is none, and none grows: a disk that fills up later changes nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from quest_vllm.errors import QuestConfigError
 ENV_RUN_DIR = "_QUEST_VLLM_RUN_DIR"
 """Set by the first process of a server, inherited by its children; not for users (see ``metrics_dir``)."""
 ENV_PROMETHEUS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+VALUE_FILE_BYTES = 2**17
+"""Twice what the largest recorder writes; a test holds that."""
 
 
 def ensure_metrics_dir() -> None:
@@ -85,11 +90,26 @@ def remove_at_exit(path: Path) -> None:
     atexit.register(remove)
 
 
+def set_aside(path: Path, size: int) -> None:
+    """Make the file ``path`` of ``size`` zero bytes, with its room on the disk.
+
+    Raises :class:`~quest_vllm.errors.QuestConfigError` where there is no such room, or no right to write.
+    """
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise QuestConfigError(
+            f"metrics_dir: expected a directory with room for {size >> 10} KiB, got {path.parent}: {error}"
+        ) from error
+
+
 class ValueFile:
     """Doubles of one process and one metric type (counter, histogram or gauge), in a file that others may read.
 
-    Gauges are summed over processes. Adding is an in-memory sum and a 16-byte store. Raises OSError if ``directory``
-    cannot be written to.
+    Gauges are summed over processes. Adding is an in-memory sum and a 16-byte store. Raises
+    :class:`~quest_vllm.errors.QuestConfigError` if ``directory`` cannot be written to.
     """
 
     def __init__(self, directory: Path, metric_type: str) -> None:
@@ -97,6 +117,7 @@ class ValueFile:
         prefix = "gauge_sum" if metric_type == "gauge" else metric_type
         final = directory / f"{prefix}_quest-{os.getpid()}-{secrets.token_hex(4)}.db"
         unfinished = final.with_suffix(".tmp")
+        set_aside(unfinished, VALUE_FILE_BYTES)
         self._file: Any = MmapedDict(str(unfinished))  # type: ignore[no-untyped-call]
         self._values: dict[str, float] = {}
         self._lock = threading.Lock()

@@ -22,16 +22,15 @@ def announce_once(message: str) -> None:
 
 
 def refuse_eager_pipeline(vllm_config: Any) -> None:
-    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for pipeline stages without torch.compile.
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for pipeline stages without torch.compile in a foreign worker.
 
-    vLLM-CPU warms up only what it compiles, and its later stages get the buffers that they receive into from the
-    warm-up: on any backend the first request ends the engine with a bare AssertionError. Can go once it allocates them.
+    Ours makes the buffers that vLLM-CPU leaves out then (:mod:`quest_vllm.worker_cpu`).
     """
-    eager = vllm_config.compilation_config.mode == compat.no_compilation()
-    if eager and vllm_config.parallel_config.pipeline_parallel_size > 1:
+    parallel, eager = vllm_config.parallel_config, vllm_config.compilation_config.mode == compat.no_compilation()
+    if eager and parallel.pipeline_parallel_size > 1 and parallel.worker_cls != CPU_WORKER:
         raise compat.UnsupportedVllm(
-            "vLLM-CPU cannot serve with pipeline parallelism and without torch.compile (--enforce-eager, LoRA): its "
-            "stages would fail at the first request; leave those out, or use --tensor-parallel-size"
+            f"worker_cls: pipeline parallelism without torch.compile (--enforce-eager, LoRA) needs {CPU_WORKER}, got "
+            f"{parallel.worker_cls}; leave --worker-cls out, or use --tensor-parallel-size"
         )
 
 
@@ -49,10 +48,10 @@ class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignor
         backend = vllm_config.attention_config.backend
         if backend is None or backend.name != "CUSTOM":
             return
-        refuse_eager_pipeline(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == STOCK_WORKER:
             parallel.worker_cls = CPU_WORKER
+        refuse_eager_pipeline(vllm_config)
 
     @classmethod
     def get_attn_backend_cls(

@@ -121,7 +121,7 @@ def _start_up_checks(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     if device == "cpu":
         from quest_vllm.platform_cpu import refuse_eager_pipeline
 
-        engine = _engine(False, pipeline_parallel_size=2)
+        engine = _engine(False, pipeline_parallel_size=2, worker_cls=CPU_WORKER)
         yield "pipeline parallelism with --enforce-eager", partial(refuse_eager_pipeline, engine)
     block = 32 if device == "cpu" else 16
     for size in PAGE_SIZES:

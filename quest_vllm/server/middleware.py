@@ -10,6 +10,7 @@ from quest_vllm.budget import get_budget_limits
 from quest_vllm.metrics import get_latency_metrics
 from quest_vllm.metrics_http import RequestTimer
 from quest_vllm.server.asgi import App, Receive, Scope, Send, route_path
+from quest_vllm.server.facts import note_engine_death
 from quest_vllm.server.replies import GenerationReply, JsonReply
 from quest_vllm.server.request import GenerationRequest
 from quest_vllm.server.routes import install, list_aliases
@@ -42,4 +43,13 @@ class QuestMiddleware:
                 receive, send = request.receive, GenerationReply(request, timer.send).send
             elif scope["method"] == "GET" and path == "/v1/models" and get_budget_limits().config.aliases:
                 send = JsonReply(send, list_aliases).send
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The server's life, at whose end vLLM's app has no state any more."""
+        engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
         await self._app(scope, receive, send)
+        note_engine_death(engine)

@@ -79,6 +79,13 @@ def test_hadolint(file: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_cpu_image_can_be_told_where_torchs_cpu_builds_are() -> None:
+    build = (ROOT / "Dockerfile").read_text().split("FROM ")[1]
+    assert build.index("ARG PIP_EXTRA_INDEX_URL") < build.index("RUN make env")
+    service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["quest"]
+    assert service["build"] == {"context": "..", "args": ["PIP_EXTRA_INDEX_URL"]}
+
+
 def test_gpu_compose_builds_a_file_that_exists_and_replaces_the_service() -> None:
     base, gpu = (yaml.safe_load((DOCKER / name).read_text()) for name in ("compose.yaml", "compose.gpu.yaml"))
     assert set(gpu["services"]) <= set(base["services"])

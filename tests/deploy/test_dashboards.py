@@ -90,6 +90,7 @@ def test_compose_mounts_what_exists_and_points_at_its_own_services() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         pinned = r":v?\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$"
         assert "image" not in service or re.search(pinned, service["image"]), "images are pinned"
+    assert all(service["restart"] == "unless-stopped" for service in services.values()), "a dead engine ends its server"
     scrape = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]
     assert scrape["static_configs"][0]["targets"] == ["quest:8000"]
     source = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][0]

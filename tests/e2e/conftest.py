@@ -51,10 +51,11 @@ def server_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def run_server(command: list[str], log: Path) -> Iterator[Server]:
-    """Run ``command`` plus a port until the block ends."""
+def run_server(command: list[str], log: Path, port: int = 0) -> Iterator[Server]:
+    """Run ``command`` plus a port (0: a free one) until the block ends."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         port = listener.getsockname()[1]
     with log.open("wb") as sink:
         process = subprocess.Popen(

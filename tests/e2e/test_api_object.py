@@ -21,7 +21,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags
+from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags, vllm_command
 from tests.e2e.test_server import prompt_ids, text
 
 pytestmark = pytest.mark.server
@@ -382,6 +382,89 @@ def test_langchain_and_litellm(api: Api) -> None:
         env=environment,
     )
     assert done.returncode == 0 and done.stdout.rstrip().endswith("ok"), done.stdout + done.stderr
+
+
+def test_vllm_bench_serve(api: Api, model_path: Path, tmp_path: Path) -> None:
+    """vLLM's own load generator, with a budget in its --extra-body."""
+    command = [*vllm_command("bench", "serve"), "--base-url", f"{api.server.url}{ROOT}", "--model", MODEL_NAME]
+    command += ["--tokenizer", str(model_path), "--dataset-name", "random", "--random-input-len", "400"]
+    command += [
+        "--random-output-len",
+        "6",
+        "--num-prompts",
+        "4",
+        "--ignore-eos",
+        "--extra-body",
+        json.dumps(sparse(128)),
+    ]
+    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    before = api.server.metrics()
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 0, 24)
+    rows = 'quest_decode_rows_total{path="sparse",reason="budget"}'
+    assert api.server.metrics()[rows] - before[rows] == 4 * (6 - 1)
+
+
+LM_EVAL_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: {target}
+doc_to_choice: choices
+target_delimiter: ""
+output_type: {kind}
+generation_kwargs: {{until: ["."], max_gen_toks: 12, temperature: 0}}
+metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_eval(api: Api, model_path: Path, tmp_path: Path) -> None:
+    """By an alias, which it takes for a model. Runs where QUEST_CLIENTS_PYTHON, or this Python, has lm-eval."""
+    interpreter = os.environ.get("QUEST_CLIENTS_PYTHON") or sys.executable
+    if subprocess.run([interpreter, "-c", "import lm_eval"], capture_output=True, check=False).returncode:
+        pytest.skip("lm_eval is not installed (pip install lm-eval)")
+    data = tmp_path / "data.jsonl"
+    for n in (0, 100, 200):
+        line = {"prompt": " ".join(map(str, range(n, n + 250))), "choices": [" never", f" {n + 250}"]}
+        with data.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    choice = LM_EVAL_TASK.format(name="choice", data=data, target=1, kind="multiple_choice", metric="acc")
+    (tasks / "choice.yaml").write_text(choice.replace("generation_kwargs", "# generation_kwargs"))
+    count = LM_EVAL_TASK.format(
+        name="count", data=data, target='"{{choices[1]}}"', kind="generate_until", metric="exact_match"
+    )
+    (tasks / "count.yaml").write_text(count.replace("doc_to_choice", "# doc_to_choice"))
+    model = f"model={MODEL_NAME}:fast,base_url={api.base_url}/completions,tokenizer={model_path},max_length=8192"
+    command = [interpreter, "-m", "lm_eval", "--model", "local-completions", "--model_args", model]
+    command += ["--tasks", "choice,count", "--include_path", str(tasks), "--output_path", str(tmp_path / "out")]
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "OPENAI_API_KEY": KEY,
+    }
+    before = api.server.metrics()
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **offline}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(result.read_text())["results"]["choice"]["acc,none"] == 1
+    rows = 'quest_decode_rows_total{path="sparse",reason="budget"}'
+    assert api.server.metrics()[rows] > before[rows]
 
 
 def test_hostile_requests(api: Api) -> None:

@@ -59,14 +59,19 @@ def params(budget: int | None, max_tokens: int = 16, **settings: Any) -> Any:
     )
 
 
-def row_counts() -> dict[str, float]:
-    """Rows so far in this process, by "path/reason"."""
+def samples(name: str) -> dict[str, float]:
+    """Values so far of a metric, of this process and the workers that it started, by its labels' values."""
     return {
-        "/".join((sample.labels["path"], sample.labels["reason"])): sample.value
+        "/".join(sample.labels.values()): sample.value
         for metric in FilesCollector(metrics_dir()).collect()
         for sample in metric.samples
-        if sample.name == "quest_decode_rows_total"
+        if sample.name == name
     }
+
+
+def row_counts() -> dict[str, float]:
+    """Rows so far in this process, by "path/reason"."""
+    return samples("quest_decode_rows_total")
 
 
 @contextlib.contextmanager

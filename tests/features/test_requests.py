@@ -16,13 +16,16 @@ from tests.features.conftest import audit, counted_rows, engine, largest_differe
 pytestmark = pytest.mark.engine
 
 STEPS = 6
-NOISE = 0.05  # bf16 kernels change by the batch's shape: at least this much is nothing
+NOISE = 1e-3  # nats: float32 kernels change by the batch's shape, and by the number of threads, less than this
 
 
 @pytest.fixture(scope="module")
 def llm(model_path: Path) -> Iterator[Any]:
-    """An engine that caches prefixes and cuts prefills into chunks of 256."""
-    with engine(model_path, enable_prefix_caching=True, max_num_batched_tokens=256) as running:
+    """An engine that caches prefixes and cuts prefills into chunks of 256.
+
+    In float32: the rounding of bfloat16 makes a page that is nearly as good as another win or lose.
+    """
+    with engine(model_path, dtype="float32", enable_prefix_caching=True, max_num_batched_tokens=256) as running:
         yield running
 
 

@@ -37,12 +37,9 @@ def test_our_own_settings_that_cannot_work(model_path: Path, settings: dict[str,
         pass
 
 
-def test_pipeline_parallelism_without_compilation_is_refused(model_path: Path) -> None:
-    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with (
-        pytest.raises(UnsupportedVllm, match="pipeline parallelism and without torch.compile"),
-        engine(model_path, **stages),
-    ):
+def test_pipeline_stages_without_compilation_want_our_worker(model_path: Path) -> None:
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "worker_cls": "other.Worker"}
+    with pytest.raises(UnsupportedVllm, match="worker_cls: pipeline.*got other.Worker"), engine(model_path, **stages):
         pass
 
 

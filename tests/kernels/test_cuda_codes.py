@@ -42,13 +42,18 @@ def encode(case: PagedCase) -> PagedCase:
 
 
 def rounding(case: PagedCase, scale: float) -> float:
-    """The most that a score may be off: each product of query and step is a float16, and counts up to three times."""
+    """The most that a score may be off.
+
+    A product of query and step comes of five float16 roundings, each of at most the step times the sum of both
+    channels' magnitudes, and counts up to three times.
+    """
     coded = key_codes.code_bytes(case.views.summaries).clone()
     coded[..., coded.shape[-1] // 2 :] = 255
     heads = coded.shape[1]
     query = case.query.double().abs().unflatten(1, (heads, -1)).amax(dim=0)  # [heads, group, head_dim]
-    _, own = key_codes.split_logits(query, coded.transpose(0, 1).flatten(1, 2), scale)
-    return float(own[own.isfinite()].max()) * 2.0**-11
+    both = query.unflatten(-1, (2, 2, -1)).sum(dim=-2, keepdim=True).expand(-1, -1, 2, 2, -1).flatten(2)
+    _, own = key_codes.split_logits(both, coded.transpose(0, 1).flatten(1, 2), scale)
+    return float(own[own.isfinite()].max()) * 2.5 * 2.0**-11
 
 
 @pytest.mark.parametrize("shape", SHAPES)

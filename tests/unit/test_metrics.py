@@ -22,7 +22,14 @@ from quest_vllm.budget import ABSENT, XARG, set_budget_limits
 from quest_vllm.config import QuestConfig
 from quest_vllm.errors import QuestConfigError, QuestValueError
 from quest_vllm.metrics import BUDGET_CLASSES, METRICS, ROW_KINDS, WorkerMetrics, budget_class, get_worker_metrics
-from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR, FilesCollector, ensure_metrics_dir, metrics_dir
+from quest_vllm.metrics_files import (
+    ENV_PROMETHEUS_DIR,
+    ENV_RUN_DIR,
+    VALUE_FILE_BYTES,
+    FilesCollector,
+    ensure_metrics_dir,
+    metrics_dir,
+)
 from quest_vllm.server.middleware import QuestMiddleware
 
 WORKER = """
@@ -180,6 +187,69 @@ def test_directory_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) 
     (tmp_path / "file").touch()
     with pytest.raises(QuestConfigError, match=r"metrics_dir: expected.*file"):
         metrics_dir(str(tmp_path / "file"))
+
+
+def test_no_file_of_values_grows(server_directory: Path) -> None:
+    server_directory.mkdir()
+    for recorder in (WorkerMetrics(server_directory), metrics.LatencyMetrics(server_directory)):
+        for file in recorder._recorder._files.values():
+            assert 0 < file._file._used < 0.6 * VALUE_FILE_BYTES
+    assert {path.stat().st_size for path in server_directory.iterdir()} == {VALUE_FILE_BYTES}
+
+
+FULL_DISK = """
+import pathlib, sys
+import numpy as np
+from quest_vllm.errors import QuestConfigError
+from quest_vllm.metrics import LatencyMetrics, WorkerMetrics
+from quest_vllm.page.trace import CAPACITY, TraceWriter, traced_rows
+from quest_vllm.tally import TallyWriter, read_tally
+directory = pathlib.Path(sys.argv[1])
+worker, http, tally, trace = (kind(directory) for kind in (WorkerMetrics, LatencyMetrics, TallyWriter, TraceWriter))
+try:
+    with (directory / "filler").open("wb") as filler:
+        while filler.write(bytes(65536)):
+            filler.flush()
+except OSError as error:
+    assert error.errno == 28, error
+for value in (64, 4096, 10**6):
+    worker.budget(value, 1); worker.rows("sparse", "budget", 1); http.first_token("<=512", value)
+for number in range(1, 4097):
+    tally.add(number, 1, 2, 3)
+assert read_tally(directory, 4096).tokens == 3
+for _ in range(CAPACITY):
+    trace.record(2, traced_rows(np.array([5], np.int32)), np.array([100], np.int32), np.zeros((1, 1, 1), np.int32), 16)
+try:
+    WorkerMetrics(directory)
+except QuestConfigError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_stops_a_start_and_nothing_that_runs(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    command = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, sys.executable, FULL_DISK], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "metrics_dir: expected a directory with room for 128 KiB" in done.stdout and "No space left" in done.stdout
+
+
+def test_two_servers_that_share_a_folder_keep_their_numbers_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    for name in ("one", "two"):
+        monkeypatch.setenv(ENV_RUN_DIR, str(tmp_path / name))
+        _run_worker(QUEST_METRICS_DIR=str(shared))
+    assert sorted(path.name for path in shared.iterdir()) == ["one", "two"]
+    for name in ("one", "two"):
+        monkeypatch.setenv(ENV_RUN_DIR, str(tmp_path / name))
+        scraped = _scrape(FilesCollector(metrics_dir(str(shared))))
+        assert scraped['quest_decode_rows_total{path="sparse",reason="budget"}'] == 3
 
 
 def test_directory_goes_with_the_process_that_named_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from quest_vllm import compat, plugin
+from quest_vllm import compat, plugin, support
 
 
 @pytest.fixture
@@ -68,6 +69,14 @@ def test_custom_is_honoured_on_cpu() -> None:
 def test_unsupported_feature_stops_the_start_and_names_the_way_out(features: dict[str, Any], name: str) -> None:
     with pytest.raises(compat.UnsupportedVllm, match=f"{name}.*start without"):
         select(**features)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_a_quantised_kv_cache_is_refused_with_what_would_do(device: str, dtype: str) -> None:
+    reason, *_ = support.refusals(device, {"kv_cache_dtype": dtype})  # FlashAttention adds one of its own
+    assert re.fullmatch(rf"kv_cache_dtype not supported: expected one of auto, bfloat16.*, got {dtype}", reason)
+    assert support.refusals(device, {"kv_cache_dtype": "bfloat16"}) == []
 
 
 def test_mla_layers_stay_on_vllms_own_backend() -> None:

@@ -347,3 +347,33 @@ def test_sequences_that_do_not_add_up_are_not_counted() -> None:
     assert sequences.lengths(10, 5) is None  # one prompt of two is known
     sequences.add({"choices": [{"index": 0, "prompt_token_ids": [1, 2]}]})
     assert sequences.lengths(10, 5) == [(2, 2), (1, 3)]
+
+
+@pytest.mark.parametrize(("stopped", "died"), [(True, False), (False, True)])
+def test_a_servers_end_tells_a_dead_engine_from_a_stopped_one(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, stopped: bool, died: bool
+) -> None:
+    monkeypatch.setattr(facts, "_engine_died", False)
+
+    async def live() -> None:
+        async def read_outputs() -> None:
+            await asyncio.sleep(60 if stopped else 0)
+
+        task = asyncio.create_task(read_outputs())
+        await asyncio.sleep(0)
+        app.state.engine_client = SimpleNamespace(output_handler=task)
+        messages = asyncio.Queue[dict[str, Any]]()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                if stopped:
+                    task.cancel()
+                await asyncio.wait([task])
+                del app.state  # as vLLM does
+                await messages.put({"type": "lifespan.shutdown"})
+
+        await messages.put({"type": "lifespan.startup"})
+        await app({"type": "lifespan", "state": {}}, messages.get, send)
+
+    asyncio.run(live())
+    assert facts.engine_died() is died
