@@ -108,6 +108,9 @@ def draw_quality(models: list[Measured]) -> Figure:
         below.set_ylim(-4, 104)
         below.set_title(describe(model, "needles"), fontsize=10)
         below.set_xlabel("bytes of the cache read, of dense attention's")
+        for axis, kind in ((above, "texts"), (below, "needles")):
+            if kind not in model.documents:
+                axis.axis("off")
     axes[0][0].set_ylabel("KL to dense, nats a token (lower is better)")
     axes[1][0].set_ylabel("needles answered, % (dashed: dense)")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -118,7 +121,7 @@ def draw_quality(models: list[Measured]) -> Figure:
 def describe(model: Measured, kind: str) -> str:
     """How much was measured."""
     if kind not in model.documents:
-        return "not measured"
+        return f"{kind}: not measured"
     document = model.documents[kind][0]
     count = len(document["results"][0]["values"]["kl" if kind == "texts" else "needle_hits"])
     what = f"{count} texts" if kind == "texts" else f"{count} needles"
