@@ -8,7 +8,7 @@ and its answer) are decoded under teacher forcing through the same operations th
 of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding would give. Intervals are 95%
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
-Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
+Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, box, two-stage, oracle),
 split (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling
 of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses), characterise (one of each kind, a
 window and eviction among them).
@@ -78,11 +78,21 @@ def original(ops: Ops, page_size: int = 16) -> Candidate:
     return Candidate("original", BoundPolicy(ops, "max", 1.0), 0, 1, page_size)
 
 
-def default(ops: Ops, page_size: int = 16) -> Candidate:
-    """What the server does when nobody sets anything."""
-    config = QuestConfig(page_size=page_size)
+def box(ops: Ops, page_size: int = 16) -> Candidate:
+    """What the server does with minima and maxima when nobody sets more."""
+    config = boxes(page_size)
     policy = BoundPolicy(ops, config.group_reduction, config.bound_radius)
-    return Candidate("default", policy, config.sink_pages, config.recent_pages, page_size)
+    return Candidate(f"box, radius {config.bound_radius:g}", policy, config.sink_pages, config.recent_pages, page_size)
+
+
+def boxes(page_size: int) -> QuestConfig:
+    """The server's defaults with minima and maxima."""
+    return QuestConfig(page_size=page_size, page_summary="min_max").resolved()
+
+
+def codes(ops: Ops, reduction: str, page_size: int = 16) -> Candidate:
+    """Key codes, at the bytes of a box."""
+    return Candidate(f"key codes, {reduction}", KeyCodesPolicy(ops, reduction), page_size=page_size)
 
 
 def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 2, page_size: int = 16) -> Candidate:
@@ -99,8 +109,8 @@ def radius_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Forced pages, the default's score."""
-    base = default(ops).policy
+    """Forced pages, the box's score."""
+    base = box(ops).policy
     assert isinstance(base, BoundPolicy)
     score = (base.group_reduction, base.bound_radius)
     pairs = ((0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4))
@@ -109,12 +119,12 @@ def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """From the original to the oracle."""
-    first = default(ops, page_size).policy
+    first = box(ops, page_size).policy
     assert isinstance(first, BoundPolicy)
     return [
         original(ops, page_size),
         bound(ops, "max", 1.0, page_size=page_size),
-        default(ops, page_size),
+        box(ops, page_size),
         bound(ops, "mass", 0.25, page_size=page_size),
         bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
         *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
@@ -123,14 +133,14 @@ def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Several boxes a page; two in FP8 take the default's bytes."""
+    """Several boxes a page; two in FP8 take one's bytes in 16 bits."""
     grid = ((2, 0.5, "max"), (2, 0.25, "max"), (2, 0.5, "mass"), (4, 0.5, "max"), (4, 0.5, "mass"))
     split = [
         Candidate(f"{n} boxes, {how} radius {a:g}", SplitBoxPolicy(ops, n, a, how), page_size=page_size)
         for n, a, how in grid
     ]
     oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), default(ops, page_size), *split, oracle]
+    return [original(ops, page_size), box(ops, page_size), *split, oracle]
 
 
 class Counted:
@@ -161,8 +171,8 @@ class Counted:
 
 
 def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """The default's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
-    config = QuestConfig(page_size=page_size)
+    """The box's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
+    config = boxes(page_size)
     score = (config.group_reduction, config.bound_radius)
     shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
     fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
@@ -171,7 +181,7 @@ def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """The same law with exact masses: what a better estimate would make of it."""
-    config = QuestConfig(page_size=page_size)
+    config = boxes(page_size)
     score = (config.group_reduction, config.bound_radius)
     shares = [(f"oracle top_p {p:g}", Counted(OraclePolicy(ops, p)), None) for p in (1.0, 0.95)]
     shares += [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.95)]
@@ -189,10 +199,10 @@ def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]
 
 
 def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Key codes, at the default's bytes."""
-    coded = [Candidate(f"key codes, {how}", KeyCodesPolicy(ops, how), page_size=page_size) for how in ("max", "mass")]
+    """Key codes, at the box's bytes."""
+    coded = [codes(ops, how, page_size) for how in ("max", "mass")]
     oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), default(ops, page_size), *coded, oracle]
+    return [original(ops, page_size), box(ops, page_size), *coded, oracle]
 
 
 def characterise_sweep(ops: Ops, page_size: int) -> list[Candidate]:
@@ -201,8 +211,8 @@ def characterise_sweep(ops: Ops, page_size: int) -> list[Candidate]:
         Candidate("window", WindowPolicy(ops), page_size=page_size),
         Candidate("h2o-like", HeavyHitterPolicy(), page_size=1),
         original(ops, page_size),
-        Candidate("box, radius 0.5", BoundPolicy(ops, "max", 0.5), page_size=page_size),
-        Candidate("key codes, mass", KeyCodesPolicy(ops, "mass"), page_size=page_size),
+        box(ops, page_size),
+        codes(ops, "mass", page_size),
         Candidate("oracle", OraclePolicy(ops), page_size=page_size),
     ]
 
