@@ -4,10 +4,10 @@
 
 For each context: one decode step's attention of one layer, over a packed cache of random contents and shuffled blocks:
 dense (``cpu_attention_with_kv_cache``; scheduler metadata made outside the clock, as a server makes it once a step for
-all layers), and sparse (score_pages + select_pages + sparse_paged_attention; each also on its own). Where the budget
-covers the context a server takes the dense path, so both columns time the same call. `prefill` compares the summary
-update with the dense attention alone of a prompt, which overstates the update's share: a real prefill has its matrix
-products as well.
+all layers), and sparse (score_pages + select_pages + sparse_paged_attention; each also on its own; ``_codes``: with key
+codes for page summaries). Where the budget covers the context a server takes the dense path, so both columns time the
+same call. `prefill` compares the summary update with the dense attention alone of a prompt, which overstates the
+update's share: a real prefill has its matrix products as well.
 
 Caches larger than the last-level cache are what a server meets; ``--copies`` makes the step walk through that many
 distinct caches, as layers would.
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from provenance import commit, cpu_model, save
 
-from quest_vllm.ops import cpu
+from quest_vllm.ops import cpu, key_codes
 
 Step = Callable[[], Any]
 
@@ -52,6 +52,11 @@ class Shape:
     def scale(self) -> float:
         return self.dim**-0.5
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether pages of this shape can be summarised by key codes."""
+        return self.page_size == key_codes.TOKENS and self.dim % key_codes.CHANNELS == 0 and self.dtype.itemsize == 2
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -60,6 +65,7 @@ class Cache:
     keys: torch.Tensor
     values: torch.Tensor
     summaries: torch.Tensor
+    codes: torch.Tensor | None  # the same keys as key codes, at the end of each chunk; None where the shape has none
     block_table: torch.Tensor
     slots: torch.Tensor
 
@@ -71,10 +77,11 @@ def make_cache(shape: Shape, context: int, seed: int) -> Cache:
     blocks = -(-context // shape.block_size)
     num_blocks, pages = shape.num_reqs * blocks, shape.block_size // shape.page_size
     half = shape.block_size * shape.dim
-    chunk = torch.zeros(num_blocks, shape.kv_heads, 2 * half + 2 * pages * shape.dim, dtype=shape.dtype)
+    own = 2 * pages * shape.dim
+    chunk = torch.zeros(num_blocks, shape.kv_heads, 2 * half + (2 if shape.has_codes else 1) * own, dtype=shape.dtype)
     rows = (num_blocks, shape.kv_heads, shape.block_size, shape.dim)
     keys, values = chunk[..., :half].view(rows), chunk[..., half : 2 * half].view(rows)
-    summaries = chunk[..., 2 * half :].view(num_blocks, shape.kv_heads, pages, 2, shape.dim)
+    summaries = chunk[..., 2 * half : 2 * half + own].view(num_blocks, shape.kv_heads, pages, 2, shape.dim)
     block_table = torch.randperm(num_blocks).int().view(shape.num_reqs, blocks)
     tokens = torch.arange(context)
     slots = block_table.long()[:, tokens // shape.block_size] * shape.block_size + tokens % shape.block_size
@@ -85,7 +92,11 @@ def make_cache(shape: Shape, context: int, seed: int) -> Cache:
         )
     options: dict[str, Any] = {"page_size": shape.page_size, "kv_format": shape.kv_format}
     cpu.update_page_summaries(keys, summaries, slots.flatten(), **options)
-    return Cache(keys, values, summaries, block_table, slots)
+    codes = None
+    if shape.has_codes:
+        codes = chunk[..., 2 * half + own :].view(summaries.shape)
+        cpu.update_page_summaries(keys, codes, slots.flatten(), page_summary="key_codes", **options)
+    return Cache(keys, values, summaries, codes, block_table, slots)
 
 
 def dense_step(shape: Shape, cache: Cache, query: torch.Tensor, query_lens: list[int], seq_lens: torch.Tensor) -> Step:
@@ -162,13 +173,26 @@ def sparse_steps(shape: Shape, cache: Cache, query: torch.Tensor, seq_lens: torc
     selected = select(scores)
     last_slots = cache.slots[:, -1].contiguous()
     options: dict[str, Any] = {"page_size": shape.page_size, "kv_format": shape.kv_format}
-    return {
+    steps = {
         "sparse": lambda: attend(select(score())),
         "score": score,
         "select": lambda: select(scores),
         "attend": lambda: attend(selected),
         "update": lambda: cpu.update_page_summaries(cache.keys, cache.summaries, last_slots, **options),
     }
+    codes = cache.codes
+    if codes is not None:
+        coded: dict[str, Any] = {"group_reduction": "mass", "scale": shape.scale, "page_summary": "key_codes"}
+
+        def score_codes() -> torch.Tensor:
+            return cpu.score_pages(query, codes, cache.block_table, seq_lens, page_size=shape.page_size, **coded)
+
+        steps["sparse_codes"] = lambda: attend(select(score_codes()))
+        steps["score_codes"] = score_codes
+        steps["update_codes"] = lambda: cpu.update_page_summaries(
+            cache.keys, codes, last_slots, page_summary="key_codes", **options
+        )
+    return steps
 
 
 def time_interleaved(steps: dict[str, list[Step]], repeats: int) -> dict[str, list[float]]:
@@ -207,7 +231,7 @@ def bench_decode(shape: Shape, context: int, copies: int, repeats: int) -> dict[
     seconds = time_interleaved(steps, repeats)
     ratio = statistics.median(seconds["dense"]) / statistics.median(seconds["sparse"])
     per_round = sorted(dense / sparse for dense, sparse in zip(seconds["dense"], seconds["sparse"], strict=True))
-    return {
+    row = {
         "context": context,
         "path": "dense" if shape.budget >= context else "sparse",
         "speedup": ratio,
@@ -215,6 +239,9 @@ def bench_decode(shape: Shape, context: int, copies: int, repeats: int) -> dict[
         "speedup_quartiles": [per_round[len(per_round) // 4], per_round[3 * len(per_round) // 4]],
         "steps": {name: microseconds(values) for name, values in seconds.items()},
     }
+    if "sparse_codes" in seconds:
+        row["speedup_codes"] = statistics.median(seconds["dense"]) / statistics.median(seconds["sparse_codes"])
+    return row
 
 
 def bench_prefill(shape: Shape, prompt: int, repeats: int) -> dict[str, Any]:

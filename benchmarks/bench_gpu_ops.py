@@ -155,11 +155,11 @@ def ratio(of: dict[str, float], to: dict[str, float]) -> dict[str, float]:
 
 
 def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[str, Any]:
-    """Time one shape, with the original Quest's scores, with the default configuration's, and by key codes."""
+    """Time one shape, with the original Quest's scores, with the default boxes', and by key codes."""
     bytes_read = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
     layers = Layers(batch, context, bytes_read)
     budgets = layers.ints([budget // PAGE] * batch)
-    default = QuestConfig()
+    default = QuestConfig(page_summary="min_max").resolved()
     served = {"group_reduction": default.group_reduction, "bound_radius": default.bound_radius}
     case: dict[str, Any] = {"batch": batch, "context": context, "budget": budget, "layers": len(layers.views)}
     case["fa3"] = layers.time(layers.dense)

@@ -42,7 +42,7 @@ def describe(gpu: str, implementation: str) -> dict[str, Any]:
 
     from quest_vllm.config import load_config
 
-    config = load_config(None)
+    config = load_config(None).resolved()
     return {
         "implementation": implementation,
         "policy": {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")},

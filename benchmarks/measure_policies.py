@@ -8,9 +8,10 @@ and its answer) are decoded under teacher forcing through the same operations th
 of an answer's tokens, ``needle_hits`` the share of answers that greedy decoding would give. Intervals are 95%
 bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index confirm it.
 
-Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, default, two-stage, oracle),
+Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, box, two-stage, oracle),
 split (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling
-of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses).
+of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses), characterise (one of each kind, a
+window and eviction among them).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from quest_vllm.ops.api import Ops
 from quest_vllm.policies import (
     BoundPolicy,
     DecodeStep,
+    HeavyHitterPolicy,
     KeyCodesPolicy,
     OraclePolicy,
     PagePolicy,
     SplitBoxPolicy,
     TwoStagePolicy,
+    WindowPolicy,
 )
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
@@ -62,11 +65,11 @@ class Candidate:
         """One pass at ``budget`` tokens."""
         return Run(self.policy, self.page_size, self.only_budget or budget, self.sink_pages, self.recent_pages)
 
-    def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int) -> int:
-        """Bytes a layer and step at CONTEXT tokens in 16-bit elements."""
+    def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int, context: int = CONTEXT) -> int:
+        """Bytes a layer and step at ``context`` tokens in 16-bit elements."""
         per_query_head = getattr(self.policy, "group_reduction", "") == "per_query_head"
         units = num_q_heads if per_query_head else num_kv_heads
-        page_bytes, pages = self.page_size * 4 * dim, CONTEXT // self.page_size
+        page_bytes, pages = self.page_size * 4 * dim, context // self.page_size
         return units * self.policy.bytes_read(pages, -(-budget // self.page_size), page_bytes, 4 * dim)
 
 
@@ -75,11 +78,21 @@ def original(ops: Ops, page_size: int = 16) -> Candidate:
     return Candidate("original", BoundPolicy(ops, "max", 1.0), 0, 1, page_size)
 
 
-def default(ops: Ops, page_size: int = 16) -> Candidate:
-    """What the server does when nobody sets anything."""
-    config = QuestConfig(page_size=page_size)
+def box(ops: Ops, page_size: int = 16) -> Candidate:
+    """What the server does with minima and maxima when nobody sets more."""
+    config = boxes(page_size)
     policy = BoundPolicy(ops, config.group_reduction, config.bound_radius)
-    return Candidate("default", policy, config.sink_pages, config.recent_pages, page_size)
+    return Candidate(f"box, radius {config.bound_radius:g}", policy, config.sink_pages, config.recent_pages, page_size)
+
+
+def boxes(page_size: int) -> QuestConfig:
+    """The server's defaults with minima and maxima."""
+    return QuestConfig(page_size=page_size, page_summary="min_max").resolved()
+
+
+def codes(ops: Ops, reduction: str, page_size: int = 16) -> Candidate:
+    """Key codes, at the bytes of a box."""
+    return Candidate(f"key codes, {reduction}", KeyCodesPolicy(ops, reduction), page_size=page_size)
 
 
 def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 2, page_size: int = 16) -> Candidate:
@@ -96,8 +109,8 @@ def radius_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Forced pages, the default's score."""
-    base = default(ops).policy
+    """Forced pages, the box's score."""
+    base = box(ops).policy
     assert isinstance(base, BoundPolicy)
     score = (base.group_reduction, base.bound_radius)
     pairs = ((0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4))
@@ -106,12 +119,12 @@ def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """From the original to the oracle."""
-    first = default(ops, page_size).policy
+    first = box(ops, page_size).policy
     assert isinstance(first, BoundPolicy)
     return [
         original(ops, page_size),
         bound(ops, "max", 1.0, page_size=page_size),
-        default(ops, page_size),
+        box(ops, page_size),
         bound(ops, "mass", 0.25, page_size=page_size),
         bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
         *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
@@ -120,14 +133,14 @@ def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Several boxes a page; two in FP8 take the default's bytes."""
+    """Several boxes a page; two in FP8 take one's bytes in 16 bits."""
     grid = ((2, 0.5, "max"), (2, 0.25, "max"), (2, 0.5, "mass"), (4, 0.5, "max"), (4, 0.5, "mass"))
     split = [
         Candidate(f"{n} boxes, {how} radius {a:g}", SplitBoxPolicy(ops, n, a, how), page_size=page_size)
         for n, a, how in grid
     ]
     oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), default(ops, page_size), *split, oracle]
+    return [original(ops, page_size), box(ops, page_size), *split, oracle]
 
 
 class Counted:
@@ -158,8 +171,8 @@ class Counted:
 
 
 def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """The default's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
-    config = QuestConfig(page_size=page_size)
+    """The box's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
+    config = boxes(page_size)
     score = (config.group_reduction, config.bound_radius)
     shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
     fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
@@ -168,7 +181,7 @@ def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """The same law with exact masses: what a better estimate would make of it."""
-    config = QuestConfig(page_size=page_size)
+    config = boxes(page_size)
     score = (config.group_reduction, config.bound_radius)
     shares = [(f"oracle top_p {p:g}", Counted(OraclePolicy(ops, p)), None) for p in (1.0, 0.95)]
     shares += [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.95)]
@@ -186,10 +199,22 @@ def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]
 
 
 def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Key codes, at the default's bytes."""
-    coded = [Candidate(f"key codes, {how}", KeyCodesPolicy(ops, how), page_size=page_size) for how in ("max", "mass")]
+    """Key codes, at the box's bytes."""
+    coded = [codes(ops, how, page_size) for how in ("max", "mass")]
     oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), default(ops, page_size), *coded, oracle]
+    return [original(ops, page_size), box(ops, page_size), *coded, oracle]
+
+
+def characterise_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """One policy of each kind; eviction in tokens, as published, the rest in pages."""
+    return [
+        Candidate("window", WindowPolicy(ops), page_size=page_size),
+        Candidate("h2o-like", HeavyHitterPolicy(), page_size=1),
+        original(ops, page_size),
+        box(ops, page_size),
+        codes(ops, "mass", page_size),
+        Candidate("oracle", OraclePolicy(ops), page_size=page_size),
+    ]
 
 
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
@@ -200,6 +225,7 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "top_p": top_p_sweep,
     "top_p_oracle": top_p_oracle_sweep,
     "codes": code_sweep,
+    "characterise": characterise_sweep,
 }
 
 
@@ -213,9 +239,9 @@ def interval(values: list[float], draws: int = 2000) -> dict[str, float]:
 class TextTask:
     """KL of the rows of one text."""
 
-    def __init__(self, model: ReferenceModel, text: Text, page_size: int) -> None:
+    def __init__(self, model: ReferenceModel, text: Text, page_size: int, keep_attended: bool) -> None:
         self.model, self.rows = model, text.rows
-        self.prefix: Prefix = model.prefill(text.prefix, ROWS)
+        self.prefix: Prefix = model.prefill(text.prefix, ROWS, keep_attended)
         self.dense = self._log_probs(Run(None, page_size))
 
     def _log_probs(self, run: Run) -> torch.Tensor:
@@ -231,10 +257,12 @@ class TextTask:
 class NeedleTask:
     """Every needle of one prefix, each asked for by itself."""
 
-    def __init__(self, model: ReferenceModel, prefix: list[int], questions: list[Question], page_size: int) -> None:
+    def __init__(
+        self, model: ReferenceModel, prefix: list[int], questions: list[Question], keep_attended: bool
+    ) -> None:
         self.model, self.questions = model, questions
         rows = sum(len(question.tokens) for question in questions)
-        self.prefix = model.prefill(prefix, rows)
+        self.prefix = model.prefill(prefix, rows, keep_attended)
 
     def measure(self, run: Run) -> dict[str, list[float]]:
         """Two values a question."""
@@ -248,13 +276,18 @@ class NeedleTask:
         return found
 
 
-def tasks(model: ReferenceModel, chosen: list[Text], seeds: range, page_size: int) -> Iterator[Any]:
+def tasks(
+    model: ReferenceModel,
+    chosen: list[Text],
+    hidden: Iterable[tuple[list[int], list[Question]]],
+    page_size: int,
+    keep_attended: bool,
+) -> Iterator[Any]:
     """One after the other: a prefix is hundreds of megabytes."""
     for text in chosen:
-        yield TextTask(model, text, page_size)
-    for seed in seeds:
-        prefix, questions, _ = needles(model.encode, CONTEXT, KEYS, seed)
-        yield NeedleTask(model, prefix, questions, page_size)
+        yield TextTask(model, text, page_size, keep_attended)
+    for prefix, questions in hidden:
+        yield NeedleTask(model, prefix, questions, keep_attended)
 
 
 def measure(
@@ -328,13 +361,17 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a prefix, a multiple of 64")
+    parser.add_argument("--bos", action="store_true", help="begin every text with the model's first token (Gemma)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and cache")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = ReferenceModel(arguments.model)
+    model = ReferenceModel(arguments.model, getattr(torch, arguments.dtype))
+    start = [model.model.config.bos_token_id] if arguments.bos else []
     step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None), "none": slice(0)}[arguments.texts]
-    chosen = texts(model.encode, CONTEXT, ROWS)[step]
+    chosen = texts(model.encode, arguments.context, ROWS, start)[step]
     candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
     seeds = range(arguments.seed, arguments.seed + arguments.needles)
     document = {
@@ -343,7 +380,8 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "commit": commit(short=True),
         "torch": torch.__version__,
-        "context": CONTEXT,
+        "dtype": arguments.dtype,
+        "context": arguments.context,
         "rows_per_text": ROWS,
         "page_size": arguments.page_size,
         "dense_layers": list(Run(None).dense_layers),
@@ -351,12 +389,16 @@ def main() -> None:
         "needle_questions": arguments.needles * KEYS,
     }
     sizes = {candidate.name: candidate for candidate in candidates}
-    stream = tasks(model, chosen, seeds, arguments.page_size)
+    remembers = any(isinstance(candidate.policy, HeavyHitterPolicy) for candidate in candidates)
+    hidden = (needles(model.encode, arguments.context, KEYS, seed, start=start)[:2] for seed in seeds)
+    stream = tasks(model, chosen, hidden, arguments.page_size, remembers)
     budgets = SWEEP_BUDGETS.get(arguments.sweep, BUDGETS)
     for results in measure(candidates, stream, arguments.page_size, budgets):
         add_gap_closed(results)
         for one in results[1:]:
-            one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(one["budget"], *model.shape)
+            one["bytes_per_layer_and_step"] = sizes[one["policy"]].kv_bytes(
+                one["budget"], *model.shape, arguments.context
+            )
         save(document | {"results": results}, arguments.output)
     print("\n".join(map(show, results)))
 

@@ -54,16 +54,16 @@ def sources() -> list[tuple[str, str, int]]:
     return [*places, ("idle-news", news, 0)]
 
 
-def texts(encode: Encode, length: int, rows: int) -> list[Text]:
-    """Every source as ``length`` prefix tokens and ``rows`` more."""
+def texts(encode: Encode, length: int, rows: int, start: Sequence[int] = ()) -> list[Text]:
+    """Every source as ``length`` prefix tokens, the first of them ``start``, and ``rows`` more."""
     found = []
-    for name, whole, start in sources():
-        part = whole[start : start + 8 * (length + rows)]
-        tokens = encode(part)
+    for name, whole, place in sources():
+        part = whole[place : place + 8 * (length + rows)]
+        tokens = [*start, *encode(part)]
         if len(tokens) < length + rows:
-            raise ValueError(f"{name} at {start}: expected {length + rows} tokens, got {len(tokens)}")
+            raise ValueError(f"{name} at {place}: expected {length + rows} tokens, got {len(tokens)}")
         digest = hashlib.sha256(part.encode()).hexdigest()[:16]
-        found.append(Text(f"{name}@{start}", digest, tokens[:length], tokens[length : length + rows]))
+        found.append(Text(f"{name}@{place}", digest, tokens[:length], tokens[length : length + rows]))
     return found
 
 
@@ -76,18 +76,18 @@ class Question:
 
 
 def needles(
-    encode: Encode, length: int, count: int, seed: int, digits: int = 5
+    encode: Encode, length: int, count: int, seed: int, digits: int = 5, start: Sequence[int] = ()
 ) -> tuple[list[int], list[Question], Sequence[str]]:
     """A prefix of ``length`` tokens of prose that hides ``count`` numbers under as many names, and a question each.
 
-    Depths are spread evenly and jittered. Returns the prefix, the questions, and the values.
+    Depths are spread evenly and jittered; ``start`` comes first. Returns the prefix, the questions, and the values.
     """
     rng = random.Random(seed)
     names = rng.sample(NAMES, count)
     values = ["".join(rng.choice("123456789") for _ in range(digits)) for _ in names]
     hidden = [encode(f" The secret number of {n} is {v}. ") for n, v in zip(names, values, strict=True)]
     prose = encode(package_file(*OPTICKS)[rng.randrange(40_000, 480_000) :][: 8 * length])
-    head = encode("Remember the secret numbers in the following text.\n\n")
+    head = [*start, *encode("Remember the secret numbers in the following text.\n\n")]
     room = length - len(head) - sum(map(len, hidden))
     places = sorted(rng.sample(range(64, room - 256), count))
     prefix, taken = list(head), 0

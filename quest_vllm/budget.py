@@ -182,7 +182,7 @@ def get_budget_limits() -> BudgetLimits:
     files and environment, with int32's end for max_model_len; the worker clamps.
     """
     if _limits is None:
-        return BudgetLimits(load_config(None), MAX_TOKEN_BUDGET)
+        return BudgetLimits(load_config(None).resolved(), MAX_TOKEN_BUDGET)
     return _limits
 
 

@@ -113,6 +113,7 @@ def _chosen(config: QuestConfig, device: str) -> dict[str, Any]:
     from quest_vllm.support import backend_class
 
     backend = backend_class(device)
+    config = config.resolved()
     ops = load_ops(config.implementation, device, page_summary=config.page_summary)
     chosen: dict[str, Any] = {
         "backend": f"{backend.__module__}.{backend.__name__}",

@@ -199,6 +199,12 @@ def flash_attn_varlen_func() -> Any:
     return importlib.import_module("vllm.v1.attention.backends.fa_utils").flash_attn_varlen_func
 
 
+def gpu_generation() -> int | None:
+    """The first GPU's compute capability, its major part, without starting CUDA in this process; None without one."""
+    found = importlib.import_module("vllm.platforms").current_platform.get_device_capability()
+    return None if found is None else int(found.major)
+
+
 def device_capability(major: int, minor: int) -> Any:
     """vLLM's ``DeviceCapability``."""
     return importlib.import_module("vllm.platforms.interface").DeviceCapability(major, minor)

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
 PAGE_SUMMARIES = ("min_max", "key_codes")
+AUTO = "auto"  # of page_summary and group_reduction: see QuestConfig.resolved
+KEY_CODE_PAGE_SIZE, KEY_CODE_CHANNELS = 16, 64  # the page size of key codes, and what divides their head_dim
+BOUND_RADIUS = 0.5
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 MAX_TOKEN_BUDGET = 2**31 - 1
 ENV_PREFIX = "QUEST_"
@@ -37,7 +40,8 @@ class QuestConfig:
     :func:`quest_vllm.ops.reference.select_pages`. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
     at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means
-    no audit while serving; ``page`` lets requests of the page at /quest be traced.
+    no audit while serving; ``page`` lets requests of the page at /quest be traced. ``page_summary`` and
+    ``group_reduction`` may be "auto", which :meth:`resolved` replaces once the model is known.
     """
 
     token_budget: int = 2048
@@ -46,9 +50,9 @@ class QuestConfig:
     sink_pages: int = 1
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = (0, 1)
-    group_reduction: str = "max"
-    bound_radius: float = 0.5
-    page_summary: str = "min_max"
+    group_reduction: str = AUTO
+    bound_radius: float = BOUND_RADIUS
+    page_summary: str = AUTO
     implementation: str = "auto"
     metrics_dir: str | None = None
     min_budget: int = 0
@@ -69,8 +73,8 @@ class QuestConfig:
                 f"0 (dense) or at least {self.min_token_budget} = (sink_pages + recent_pages) * page_size",
                 self.token_budget,
             )
-        if self.page_summary == "key_codes" and self.page_size != PAGE_SIZES[0]:
-            raise _bad_value("page_size", f"{PAGE_SIZES[0]} with page_summary key_codes", self.page_size)
+        if self.page_summary == "key_codes" and self.page_size != KEY_CODE_PAGE_SIZE:
+            raise _bad_value("page_size", f"{KEY_CODE_PAGE_SIZE} with page_summary key_codes", self.page_size)
         self._check_limits()
 
     def _check_limits(self) -> None:
@@ -91,6 +95,31 @@ class QuestConfig:
         if self.max_budget is not None and budget > self.max_budget:
             return f"max_budget is {self.max_budget}"
         return f"min_budget is {self.min_budget}" if 0 < budget < self.min_budget else None
+
+    def resolved(self, why_boxes: str | None = None) -> QuestConfig:
+        """The same without "auto": key codes unless ``why_boxes`` (or :meth:`why_boxes`) has something against them.
+
+        The heads of a group are joined by "mass" with key codes, by "max" with minima and maxima.
+        """
+        summary, reduction = self.page_summary, self.group_reduction
+        if summary == AUTO:
+            summary = "min_max" if why_boxes or self.why_boxes() else "key_codes"
+        if reduction == AUTO:
+            reduction = "mass" if summary == "key_codes" else "max"
+        return replace(self, page_summary=summary, group_reduction=reduction)
+
+    def why_boxes(self, head_dim: int | None = None) -> str | None:
+        """Why ``page_summary`` auto means min_max, in words; None where it means key_codes.
+
+        ``head_dim`` None: not known. What a device has against it is :mod:`quest_vllm.runtime`'s to say.
+        """
+        if self.page_size != KEY_CODE_PAGE_SIZE:
+            return f"key codes need page_size {KEY_CODE_PAGE_SIZE}, got {self.page_size}"
+        if head_dim is not None and head_dim % KEY_CODE_CHANNELS:
+            return f"key codes need a head_dim that is a multiple of {KEY_CODE_CHANNELS}, got {head_dim}"
+        if self.bound_radius != BOUND_RADIUS:
+            return f"bound_radius is set, to {self.bound_radius}, and key codes have none"
+        return None
 
     @property
     def min_token_budget(self) -> int:
@@ -328,9 +357,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sink_pages": _int_between(0, 1024),
     "recent_pages": _int_between(1, 1024),
     "dense_layers": _check_layers,
-    "group_reduction": _one_of(GROUP_REDUCTIONS),
+    "group_reduction": _one_of((AUTO, *GROUP_REDUCTIONS)),
     "bound_radius": _number_between(0, 1),
-    "page_summary": _one_of(PAGE_SUMMARIES),
+    "page_summary": _one_of((AUTO, *PAGE_SUMMARIES)),
     "implementation": _one_of(IMPLEMENTATIONS),
     "metrics_dir": _directory,
     "min_budget": _int_between(0, MAX_TOKEN_BUDGET),

@@ -10,22 +10,55 @@ import functools
 import logging
 from typing import Any
 
-from quest_vllm.config import QuestConfig, load_config
+from quest_vllm import compat
+from quest_vllm.config import AUTO, QuestConfig, load_config
 from quest_vllm.model_settings import find_settings
 
+CUDA_GENERATION, MOST_CODED_ROWS = 9, 8  # what csrc/cuda serves: see ops.cuda.check_device, check_page_summary
 logger = logging.getLogger("vllm.quest_vllm")
 _active: QuestConfig | None = None
 
 
 def config_of(vllm_config: Any | None) -> QuestConfig:
-    """The server defaults of ``vllm_config``: its ``additional_config``, and what was calibrated for its model."""
+    """The server defaults of ``vllm_config``: its ``additional_config``, and what was calibrated for its model.
+
+    Without "auto": what that means is logged once.
+    """
     additional = getattr(vllm_config, "additional_config", None)
     model = getattr(getattr(vllm_config, "model_config", None), "model", None)
     model = model if isinstance(model, str) else None
     config = load_config(additional if isinstance(additional, dict) else None, model=model)
     if model:
         _report_settings(model)
-    return config
+    if config.page_summary != AUTO or not hasattr(getattr(vllm_config, "model_config", None), "get_head_size"):
+        return config.resolved()
+    why_boxes = _why_boxes(vllm_config, config)
+    _report_summary("min_max" if why_boxes else "key_codes", why_boxes)
+    return config.resolved(why_boxes)
+
+
+def _why_boxes(vllm_config: Any, config: QuestConfig) -> str | None:
+    """What the model or the device has against key codes, in words; None: nothing.
+
+    On a GPU the CUDA kernels score codes in little more time than boxes, Triton's in several times as much.
+    """
+    model = vllm_config.model_config
+    if (why := config.why_boxes(model.get_head_size())) or compat.is_cpu_platform():
+        return why
+    parallel = vllm_config.parallel_config
+    heads = model.get_num_attention_heads(parallel) // max(1, model.get_num_kv_heads(parallel))
+    found = (
+        (config.implementation in ("auto", "cuda"), f"implementation {config.implementation}"),
+        (compat.gpu_generation() == CUDA_GENERATION, f"compute capability {compat.gpu_generation()}.x"),
+        (str(model.dtype) == "torch.bfloat16", f"{model.dtype}"),
+        (heads <= MOST_CODED_ROWS, f"{heads} query heads a KV head"),
+    )
+    return next((f"no CUDA kernels for key codes with {what}" for fits, what in found if not fits), None)
+
+
+@functools.cache
+def _report_summary(chosen: str, why_boxes: str | None) -> None:
+    logger.info("quest_vllm: page_summary auto: %s%s", chosen, f" ({why_boxes})" if why_boxes else "")
 
 
 @functools.cache

@@ -32,6 +32,22 @@ QUEST_INLINE void store_bytes(uint8_t* to, VecU value) {
   __builtin_memcpy(to, &narrow, sizeof(VecB));
 }
 
+// From float8_e4m3fn, sign and all.
+QUEST_INLINE Vec from_fp8(const uint8_t* from) {
+#if defined(__AVX512F__)
+  // A half has the same fields, a longer mantissa and 2^8 times the bias; its subnormals are as exact.
+  const __m256i code = _mm256_cvtepu8_epi16(load_as<__m128i>(from));
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), code), 8);
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7c00));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), nan);
+  return (Vec)_mm512_cvtph_ps(half) * 256.0f;
+#else
+  const VecU code = load_bytes(from);
+  return (Vec)((VecU)fp8_magnitude(code & 0x7fu) | ((code & 0x80u) << 24));
+#endif
+}
+
 // 0 to 3, nearest and ties to even; a NaN is 0.
 QUEST_INLINE VecU to_code(Vec level) {
   level = level > 0.0f ? level : Vec{};
@@ -113,9 +129,10 @@ void code_amx(const SummaryTask& task) {
   });
 }
 
-// sums[g] += w[g][j] * code of pair j, for the sixteen pairs of `word`.
-template <int G>
-QUEST_INLINE void add_codes(VecU word, const float (*weights)[kLanes], Vec* sums) {
+// sums[set][g] += w[g][j] * code of pair j, for the sixteen pairs of `word`, in turn to each of kSets sums, so that no
+// addition waits for the one before.
+template <int G, int kSets>
+QUEST_INLINE void add_codes(VecU word, const float (*weights)[kLanes], Vec (*sums)[G]) {
 #if defined(__AVX512F__)
   const __m512 table = _mm512_setr4_ps(0.0f, 1.0f, 2.0f, 3.0f);
   const auto level = [&](int j) {
@@ -126,9 +143,10 @@ QUEST_INLINE void add_codes(VecU word, const float (*weights)[kLanes], Vec* sums
     return __builtin_convertvector((VecI)((word >> field_shift(j)) & 3u), Vec);
   };
 #endif
+#pragma GCC unroll 16
   for (int j = 0; j < kLanes; ++j) {
     const Vec code = level(j);
-    for (int g = 0; g < G; ++g) sums[g] += code * weights[g][j];
+    for (int g = 0; g < G; ++g) sums[j % kSets][g] += code * weights[g][j];
   }
 }
 
@@ -136,24 +154,27 @@ QUEST_INLINE void add_codes(VecU word, const float (*weights)[kLanes], Vec* sums
 // floats each.
 template <int G>
 QUEST_INLINE void estimate_page(const uint8_t* coded, const float* queries, int64_t dim, Vec* own, Vec* shared) {
+  constexpr int kSets = G <= 2 ? 4 : G <= 4 ? 2 : 1;  // eight sums and more keep both multipliers busy
   const int64_t half = dim / 2, quarter = dim / 4;
   alignas(64) float weights[G][kLanes];
+  Vec sums[kSets][G] = {};
   for (int64_t pair = 0; pair < half; pair += kLanes) {
-    const VecU signed_step = load_bytes(coded + dim + pair), rest_code = load_bytes(coded + dim + half + pair);
-    const VecI swap = signed_step >= 0x80u;
-    const Vec step = fp8_magnitude(signed_step & 0x7fu);
-    const Vec rest = (Vec)((VecU)fp8_magnitude(rest_code & 0x7fu) | ((rest_code & 0x80u) << 24));
+    const Vec signed_step = from_fp8(coded + dim + pair), rest = from_fp8(coded + dim + half + pair);
+    const VecI swap = (VecI)signed_step < 0;
+    const Vec step = (Vec)((VecU)signed_step & 0x7fffffffu);
     const Vec base = load(reinterpret_cast<const BFloat16*>(coded) + pair);
+    const Vec of_first = swap ? rest : base, of_second = swap ? base : rest;
     for (int g = 0; g < G; ++g) {
       const float* query = queries + g * dim + first_of_pair(pair, quarter);
       const Vec first = load(query), second = load(query + quarter);
-      const Vec ours = swap ? second : first, other = swap ? first : second;
-      shared[g] += ours * base;
-      shared[g] += other * rest;
-      store(weights[g], ours * step);
+      shared[g] += first * of_first;
+      shared[g] += second * of_second;
+      store(weights[g], (swap ? second : first) * step);
     }
-    add_codes<G>(load_as<VecU>(coded + 2 * dim + 4 * pair), weights, own);
+    add_codes<G, kSets>(load_as<VecU>(coded + 2 * dim + 4 * pair), weights, sums);
   }
+  for (int set = 0; set < kSets; ++set)
+    for (int g = 0; g < G; ++g) own[g] += sums[set][g];
 }
 
 // bounds[head][page], for G heads: the log of the mass that the codes of each page promise.

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import torch
 
-TOKENS = 16  # of a page
-CHANNELS = 64  # head_dim is a multiple: pairs come in whole vectors of sixteen
+from quest_vllm.config import KEY_CODE_CHANNELS as CHANNELS  # head_dim is a multiple: pairs in whole vectors of sixteen
+from quest_vllm.config import KEY_CODE_PAGE_SIZE as TOKENS
+
 FP8_MAX = 448.0
 FIELD_SHIFTS = tuple(pair // 2 * 2 + pair % 2 * 16 for pair in range(16))
 """Where a pair's code begins in its word."""

@@ -7,19 +7,24 @@ no backend offers them.
 
 from __future__ import annotations
 
-from quest_vllm.policies.base import DecodeStep, PagePolicy
+from quest_vllm.policies.base import NO_SUMMARY, DecodeStep, PagePolicy
 from quest_vllm.policies.bound import BoundPolicy
+from quest_vllm.policies.heavy_hitters import HeavyHitterPolicy
 from quest_vllm.policies.key_codes import KeyCodesPolicy
 from quest_vllm.policies.oracle import OraclePolicy
 from quest_vllm.policies.split_boxes import SplitBoxPolicy
 from quest_vllm.policies.two_stage import TwoStagePolicy
+from quest_vllm.policies.window import WindowPolicy
 
 __all__ = [
+    "NO_SUMMARY",
     "BoundPolicy",
     "DecodeStep",
+    "HeavyHitterPolicy",
     "KeyCodesPolicy",
     "OraclePolicy",
     "PagePolicy",
     "SplitBoxPolicy",
     "TwoStagePolicy",
+    "WindowPolicy",
 ]

@@ -7,12 +7,16 @@ from typing import Protocol
 
 import torch
 
+NO_SUMMARY = "none"
+"""``page_summary`` of a policy that looks at no page it has not chosen."""
+
 
 @dataclass(frozen=True)
 class DecodeStep:
     """One layer's decode step; shapes as in :mod:`quest_vllm.ops.reference`, keys as rows.
 
-    ``page_budgets`` counts the forced ``sink_pages`` and ``recent_pages``.
+    ``page_budgets`` counts the forced ``sink_pages`` and ``recent_pages``. ``attended`` is there for policies that
+    remember: how much attention the queries of the first tokens gave each of them, summed over a group.
     """
 
     query: torch.Tensor  # [num_reqs, num_q_heads, head_dim]
@@ -26,6 +30,7 @@ class DecodeStep:
     scale: float
     sink_pages: int = 1
     recent_pages: int = 2
+    attended: torch.Tensor | None = None  # [num_kv_heads, prefilled tokens] float32
 
 
 class PagePolicy(Protocol):

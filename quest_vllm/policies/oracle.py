@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from quest_vllm.ops.api import Ops
-from quest_vllm.ops.reference import group_mass, num_pages, page_table
+from quest_vllm.ops.reference import group_mass, page_table
 from quest_vllm.policies.base import DecodeStep
 from quest_vllm.policies.bound import select
+from quest_vllm.policies.logits import token_logits
 
 
 def page_logits(step: DecodeStep, row: int, pages: torch.Tensor) -> torch.Tensor:
@@ -48,13 +49,8 @@ class OraclePolicy:
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
-        num_kv_heads, pages_per_block = step.key_cache.shape[1], step.summaries.shape[2]
-        shape = (len(step.seq_lens), num_kv_heads, step.block_table.shape[1] * pages_per_block)
-        scores = torch.full(shape, float("-inf"), device=step.query.device)
-        for row, count in enumerate(num_pages(step.seq_lens, step.page_size).tolist()):
-            pages = torch.arange(count, device=scores.device).expand(num_kv_heads, count)
-            scores[row, :, :count] = page_mass(step, row, pages)
-        return select(self.ops, scores, step, self.top_p)
+        by_page = token_logits(step).unflatten(-1, (-1, step.page_size)).logsumexp(dim=-1)
+        return select(self.ops, group_mass(by_page), step, self.top_p)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
         """See :class:`quest_vllm.policies.base.PagePolicy`: every key, and the values of the selected pages."""

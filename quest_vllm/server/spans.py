@@ -107,7 +107,7 @@ def noted(external_id: str) -> Noted | None:
 
 def policy_text(config: QuestConfig) -> str:
     """How pages are chosen, as one attribute."""
-    keys = ("group_reduction", "bound_radius", "sink_pages", "recent_pages", "page_size")
+    keys = ("page_summary", "group_reduction", "bound_radius", "sink_pages", "recent_pages", "page_size")
     return ", ".join(f"{key}={getattr(config, key)}" for key in keys)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from quest_vllm.runtime import active_config
 from tests.features.conftest import audit, counted_rows, engine, params
 
 pytestmark = pytest.mark.engine
@@ -15,8 +16,10 @@ pytestmark = pytest.mark.engine
 def test_codes_follow_the_keys(model_path: Path) -> None:
     shared = list(range(1000, 1700))
     prompts: Any = [{"prompt_token_ids": shared + list(range(start, start + 37))} for start in (2000, 3000, 4000)]
-    settings = {"quest": {"page_summary": "key_codes", "audit_steps": 1}}
+    settings = {"quest": {"audit_steps": 1}}
     with engine(model_path, additional_config=settings) as llm, counted_rows() as rows:
+        chosen = active_config()  # by "auto": pages of 16 tokens, a head_dim of 64
+        assert (chosen.page_summary, chosen.group_reduction) == ("key_codes", "mass")
         first = llm.generate(prompts, params(128, 20), use_tqdm=False)
         again = llm.generate(prompts, params(128, 20), use_tqdm=False)  # from cached prefixes
         audit(llm, 30)

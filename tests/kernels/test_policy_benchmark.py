@@ -17,7 +17,7 @@ import measure_policies
 import policy_texts
 
 from quest_vllm.ops import reference
-from quest_vllm.policies import BoundPolicy
+from quest_vllm.policies import BoundPolicy, DecodeStep, HeavyHitterPolicy, WindowPolicy
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,46 @@ def test_a_budget_that_covers_the_context_is_dense_and_a_small_one_is_not(
 
     torch.testing.assert_close(logits(1024), logits(None), atol=1e-4, rtol=1e-4)
     assert (logits(3 * page_size) - logits(None)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("policy", "page_size"), [("window", 16), ("eviction", 1)])
+def test_a_comparison_with_all_of_the_context_is_dense_and_with_little_is_not(
+    model: hf_reference.ReferenceModel, tokens: list[int], policy: str, page_size: int
+) -> None:
+    """Eviction in tokens takes a path of its own through the attention."""
+    chosen = WindowPolicy(model.ops) if policy == "window" else HeavyHitterPolicy()
+    prefix = model.prefill(tokens[:256], 40, keep_attended=True)
+    dense, whole, little = (
+        model.decode(prefix, [tokens[256:270]], run)[0]
+        for run in (
+            hf_reference.Run(None),
+            hf_reference.Run(chosen, page_size, 1024),
+            hf_reference.Run(chosen, page_size, 64),
+        )
+    )
+    torch.testing.assert_close(whole, dense, atol=1e-3, rtol=1e-4)
+    assert (little - dense).abs().max() > 0.1
+
+
+def test_a_sliding_layer_keeps_the_newest_and_its_row_sees_its_window() -> None:
+    kept = torch.arange(1.0, 31).view(1, 30, 1).expand(2, 30, 4)
+    blocks = hf_reference.blocks_of(kept, 2 * hf_reference.BLOCK)
+    assert blocks.shape == (2, 2, hf_reference.BLOCK, 4)
+    assert blocks[1, 1, -1, 0] == 30 and blocks[1, 0, -30, 3] == 1 and not blocks[1, :, :-30].any()
+    step = DecodeStep(
+        query=torch.zeros(2, 4, 4),
+        key_cache=torch.zeros(3, 2, 64, 4),
+        summaries=torch.zeros(3, 2, 4, 2, 4),
+        block_table=torch.tensor([[0, 1], [0, 2]]).int(),
+        seq_lens=torch.tensor([70, 5]).int(),
+        page_budgets=torch.tensor([4, 4]).int(),
+        max_page_budget=4,
+        page_size=16,
+        scale=1.0,
+    )
+    seen = hf_reference.in_window(step, 10)[:, 0]
+    assert seen[0].nonzero().flatten().tolist() == list(range(60, 70))
+    assert seen[1].nonzero().flatten().tolist() == list(range(5))
 
 
 def test_each_row_sees_the_summaries_of_its_own_time(

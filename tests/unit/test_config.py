@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from quest_vllm import runtime
 from quest_vllm.config import QuestConfig, default_config_path, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
 
@@ -153,3 +156,76 @@ def test_smallest_budget_is_the_forced_pages() -> None:
     assert config.min_token_budget == 96
     with pytest.raises(QuestConfigError, match="at least 192"):
         QuestConfig(token_budget=96, page_size=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "head_dim", "summary", "reduction"),
+    [
+        ({}, 128, "key_codes", "mass"),
+        ({}, 64, "key_codes", "mass"),
+        ({}, None, "key_codes", "mass"),
+        ({}, 80, "min_max", "max"),
+        ({"page_size": 32}, 128, "min_max", "max"),
+        ({"bound_radius": 1.0}, 128, "min_max", "max"),
+        ({"page_summary": "min_max"}, 128, "min_max", "max"),
+        ({"page_summary": "min_max", "group_reduction": "mass"}, 128, "min_max", "mass"),
+        ({"group_reduction": "per_query_head"}, 128, "key_codes", "per_query_head"),
+        ({"page_summary": "key_codes", "bound_radius": 1.0}, 80, "key_codes", "mass"),  # named: refused at start-up
+    ],
+)
+def test_auto_is_key_codes_where_they_can_be_had(
+    settings: dict[str, Any], head_dim: int | None, summary: str, reduction: str
+) -> None:
+    config = QuestConfig(**settings)
+    why = config.why_boxes(head_dim)
+    found = config.resolved(why)
+    assert (found.page_summary, found.group_reduction) == (summary, reduction)
+    assert found.resolved() == found
+    if "page_summary" not in settings:
+        assert bool(why) == (summary == "min_max")
+
+
+GPU_MODEL = {"head_dim": 128, "dtype": torch.bfloat16, "heads": 32, "kv_heads": 8}
+
+
+def vllm_config(head_dim: int, dtype: torch.dtype, heads: int, kv_heads: int, **quest: Any) -> SimpleNamespace:
+    model = SimpleNamespace(
+        dtype=dtype,
+        get_head_size=lambda: head_dim,
+        get_num_attention_heads=lambda _: heads,
+        get_num_kv_heads=lambda _: kv_heads,
+    )
+    return SimpleNamespace(additional_config={"quest": quest}, model_config=model, parallel_config=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"heads": 64}, None),
+        ({"heads": 72}, "no CUDA kernels for key codes with 9 query heads a KV head"),
+        ({"dtype": torch.float16}, "no CUDA kernels for key codes with torch.float16"),
+        ({"implementation": "triton"}, "no CUDA kernels for key codes with implementation triton"),
+        ({"head_dim": 80}, "key codes need a head_dim that is a multiple of 64, got 80"),
+        ({"generation": 8}, "no CUDA kernels for key codes with compute capability 8.x"),
+    ],
+)
+def test_the_server_says_what_auto_chose_and_why(
+    change: dict[str, Any], why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime._report_summary.cache_clear()
+    settings = {**GPU_MODEL, **change}
+    generation = settings.pop("generation", 9)
+    monkeypatch.setattr(runtime.compat, "is_cpu_platform", lambda: False)
+    monkeypatch.setattr(runtime.compat, "gpu_generation", lambda: generation)
+    with caplog.at_level("INFO", logger="vllm.quest_vllm"):
+        found = [runtime.config_of(vllm_config(**settings)) for _ in range(2)]
+    assert {config.page_summary for config in found} == {"min_max" if why else "key_codes"}
+    said = [record.getMessage() for record in caplog.records if "page_summary auto" in record.getMessage()]
+    assert said == [f"quest_vllm: page_summary auto: {f'min_max ({why})' if why else 'key_codes'}"]
+
+
+def test_on_a_cpu_auto_asks_for_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.compat, "is_cpu_platform", lambda: True)
+    assert runtime.config_of(vllm_config(64, torch.float16, 14, 1)).page_summary == "key_codes"
+    assert runtime.config_of(vllm_config(80, torch.float16, 14, 1)).page_summary == "min_max"

@@ -32,7 +32,7 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: made)
     monkeypatch.setattr(spans, "_noted", None)
     monkeypatch.setattr(facts, "_vllm_config", None)
-    set_budget_limits(QuestConfig(), 8192)
+    set_budget_limits(QuestConfig().resolved(), 8192)
     yield made
     made.shutdown()
 
@@ -61,7 +61,9 @@ def test_a_span_tells_budget_policy_and_pages(provider: Any) -> None:
     spans.note("abc", spans.Noted(512))
     told = finish(provider, spans.SPAN, "cmpl-abc-0", 4000, 9)
     ours = {key: value for key, value in told.items() if key.startswith("quest.")}
-    assert ours.pop("quest.policy").startswith("group_reduction=max, bound_radius=0.5, sink_pages=1")
+    assert ours.pop("quest.policy").startswith(
+        "page_summary=key_codes, group_reduction=mass, bound_radius=0.5, sink_pages=1"
+    )
     available = sum(-(-(4000 + step) // 16) for step in range(1, 9))
     assert ours.pop("quest.mean_tokens_attended") == pytest.approx(512 - 7.5, abs=8)
     assert ours == {
