@@ -236,7 +236,28 @@ def vllm_command() -> Callable[[], None]:
     return main
 
 
-def engine_died(engine_client: Any) -> bool:
-    """Whether an ``AsyncLLM`` lost its engine: then its output task ended by itself; a shutdown cancels it."""
-    task = getattr(engine_client, "output_handler", None)
-    return task is not None and task.done() and not task.cancelled()
+class EngineWatch:
+    """Tells the death of an ``AsyncLLM``'s engine from a shutdown, which its launcher asks for before HTTP ends.
+
+    Both end its output task, at times with the same error.
+    """
+
+    def __init__(self, engine_client: Any) -> None:
+        self._engine, self._stopped = engine_client, False
+        if engine_client is not None:
+            shutdown = engine_client.shutdown
+
+            def noted(*args: Any, **kwargs: Any) -> None:
+                self._stopped = True
+                shutdown(*args, **kwargs)
+
+            engine_client.shutdown = noted
+
+    def end(self) -> bool:
+        """Let go of the engine; True where it had died by itself."""
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return False
+        del engine.shutdown
+        task = getattr(engine, "output_handler", None)
+        return not self._stopped and task is not None and task.done()

@@ -65,6 +65,11 @@ def metrics_dir(configured: str | None = None) -> Path:
         ensure_metrics_dir()
         run_dir = Path(os.environ[ENV_RUN_DIR])
         path = Path(configured) / run_dir.name if configured else run_dir
+    return make_directory(path)
+
+
+def make_directory(path: Path) -> Path:
+    """Make ``path``, for this user alone where it is new. Raises :class:`~quest_vllm.errors.QuestConfigError`."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -44,7 +44,7 @@ def draw_sweep(document: Mapping[str, Any]) -> Any:
         axes[row][0].set_ylabel(label)
         axes[row][0].set_ylim(bottom=0)  # when all columns are drawn: they share it, and it ends the scaling
     if any(cell[ROWS[0][0]] for cell in cells):
-        axes[0][0].legend(frameon=False, fontsize=8, title="token budget", title_fontsize=8)
+        axes[0][0].legend(frameon=False, fontsize=8, title="token budget", title_fontsize=8, handlelength=4)
     figure.suptitle(f"{Path(document['settings']['model']).name}: median, and up to the 90th percentile", fontsize=11)
     return figure
 

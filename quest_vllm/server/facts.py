@@ -17,10 +17,10 @@ def set_vllm_config(vllm_config: Any) -> None:
     _vllm_config = vllm_config
 
 
-def note_engine_death(engine_client: Any) -> None:
+def note_engine_death(died: bool) -> None:
     """When the HTTP server ends: keep whether its engine had died, rather than been stopped."""
     global _engine_died
-    _engine_died = compat.engine_died(engine_client)
+    _engine_died = died
 
 
 def engine_died() -> bool:

@@ -7,6 +7,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from quest_vllm.config import ENV_PREFIX, load_config
 from quest_vllm.exit_codes import help_text
@@ -103,7 +104,11 @@ def check_configuration(theirs: Sequence[str], environment: Mapping[str, str]) -
             additional = json.loads(value if equals else "".join(theirs[place + 1 : place + 2]))
         except ValueError:  # vLLM says what is wrong with it
             return
-    load_config(additional if isinstance(additional, dict) else None, environment)
+    config = load_config(additional if isinstance(additional, dict) else None, environment)
+    if config.metrics_dir:
+        from quest_vllm.metrics_files import make_directory  # wants prometheus_client, which comes with vLLM
+
+        make_directory(Path(config.metrics_dir))
 
 
 def _split(arguments: Sequence[str], flags: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ answers are edited on their way out.
 
 from __future__ import annotations
 
+from quest_vllm import compat
 from quest_vllm.budget import get_budget_limits
 from quest_vllm.metrics import get_latency_metrics
 from quest_vllm.metrics_http import RequestTimer
@@ -50,6 +51,8 @@ class QuestMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The server's life, at whose end vLLM's app has no state any more."""
-        engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
-        await self._app(scope, receive, send)
-        note_engine_death(engine)
+        watch = compat.EngineWatch(getattr(getattr(scope.get("app"), "state", None), "engine_client", None))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            note_engine_death(watch.end())

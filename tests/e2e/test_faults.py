@@ -103,7 +103,7 @@ def test_start_ups_that_cannot_be(server: Server, model_path: Path, tmp_path: Pa
         ([str(model_path)], {"QUEST_CONFIG": str(tmp_path / "nowhere.yaml")}, 2, "cannot read the YAML file"),
         ([str(model_path)], {"QUEST_CONFIG": str(tmp_path / "broken.yaml")}, 2, "cannot read the YAML file"),
         ([str(model_path)], {"QUEST_CONFIG": str(tmp_path / "latin.yaml")}, 2, "cannot read the YAML file"),
-        ([str(model_path)], {"QUEST_METRICS_DIR": "/proc/nowhere"}, 1, "metrics_dir: expected a directory"),
+        ([str(model_path)], {"QUEST_METRICS_DIR": "/proc/nowhere"}, 2, "metrics_dir: expected a directory"),
     ]
 
     def start(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
