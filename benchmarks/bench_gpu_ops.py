@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def time_replays(step: Callable[[], object], repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
+def time_layers(steps: Sequence[Callable[[], object]]) -> dict[str, float]:
+    """Microseconds of a layer's step, each on a cache of its own: the first alone, and one among the others."""
+
+    def all_layers() -> None:
+        for step in steps:
+            step()
+
+    return {"alone": time_replays(steps[0]), "in_graph": time_replays(all_layers) / len(steps)}
+
+
 def copy_bandwidth() -> float:
     """Bytes a microsecond, read and written, of a 1 GiB copy."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -97,14 +108,8 @@ class Layers:
         self.lengths = self.ints([context] * batch)
 
     def time(self, step: Callable[[PageViews], object]) -> dict[str, float]:
-        """Microseconds of ``step`` on one layer's cache: alone, and among the others."""
-
-        def all_layers() -> None:
-            for views in self.views:
-                step(views)
-
-        alone = time_replays(lambda: step(self.views[0]))
-        return {"alone": alone, "in_graph": time_replays(all_layers) / len(self.views)}
+        """See :func:`time_layers`."""
+        return time_layers([partial(step, views) for views in self.views])
 
     @staticmethod
     def ints(values: list[int]) -> torch.Tensor:

@@ -42,7 +42,7 @@ from bench_gpu_ops import (
     copy_bandwidth,
     ratio,
     show,
-    time_replays,
+    time_layers,
 )
 from provenance import commit, save
 
@@ -63,16 +63,6 @@ class Chain:
     keep: list[Any] = field(default_factory=list)
 
 
-def time_steps(steps: list[Callable[[], object]]) -> dict[str, float]:
-    """As ``Layers.time``: microseconds of one layer alone, and among the others."""
-
-    def all_layers() -> None:
-        for step in steps:
-            step()
-
-    return {"alone": time_replays(steps[0]), "in_graph": time_replays(all_layers) / len(steps)}
-
-
 def without_plugin(package: str) -> None:
     """Let ``package.backend`` be a bare package: importing it would import the hooks into vLLM, of other versions."""
     name = f"{package}.backend"
@@ -87,6 +77,20 @@ def token_major_caches(layers: Layers) -> list[torch.Tensor]:
     blocks = layers.table.numel()
     size = (blocks, 2, PAGE, KV_HEADS, DIM)
     return [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in layers.views]
+
+
+def state_sizes(layers: Layers) -> dict[str, int]:
+    """What amass-kv's and locks-kv's states are told alike."""
+    return {
+        "num_layers": len(layers.views),
+        "num_blocks": layers.table.numel(),
+        "n_kv": KV_HEADS,
+        "G": GROUP,
+        "head_dim": DIM,
+        "page": PAGE,
+        "max_reqs": layers.batch,
+        "max_pages": layers.blocks,
+    }
 
 
 def fill(*tensors: torch.Tensor) -> None:
@@ -127,14 +131,7 @@ def amass(layers: Layers, budget: int, combine: str = "nrm") -> Chain:
     caches = token_major_caches(layers)
     state = QuadState(
         "cuda",
-        num_layers=len(caches),
-        num_blocks=layers.table.numel(),
-        n_kv=KV_HEADS,
-        G=GROUP,
-        head_dim=DIM,
-        page=PAGE,
-        max_reqs=layers.batch,
-        max_pages=layers.blocks,
+        **state_sizes(layers),
         budget=(chosen - 0.5) / (layers.blocks - FORCED),  # rounded up to whole pages there
         v_bits=4,
         combine=combine,
@@ -171,18 +168,7 @@ def locks(layers: Layers, budget: int, cuda_decode: bool = False) -> Chain:
     from locks.selection.select import derive_page_params
 
     caches = token_major_caches(layers)
-    state = Rki4State(
-        "cuda",
-        num_layers=len(caches),
-        num_blocks=layers.table.numel(),
-        n_kv=KV_HEADS,
-        G=GROUP,
-        head_dim=DIM,
-        page=PAGE,
-        max_reqs=layers.batch,
-        max_pages=layers.blocks,
-        budget_pages=budget // PAGE - FORCED,
-    )
+    state = Rki4State("cuda", **state_sizes(layers), budget_pages=budget // PAGE - FORCED)
     state.D, state.scale = state.d, SCALE
     ensure_stage_b_buffers(state, "cuda", SPLITS)
     fill(state.pp_v4, state.pp_vs, state.pp_c8, state.pp_cs, state.pp_mu8, state.pp_mus)
@@ -270,7 +256,7 @@ def measure(make: Callable[[Layers, int], Chain], layers: Layers, budget: int) -
     try:
         chain = make(layers, budget)
         checked = chain.check()
-        return {**time_steps(chain.steps), **checked}
+        return {**time_layers(chain.steps), **checked}
     except Exception as error:  # another project's code on a shape it may not know: the other rivals go on
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -28,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_gpu_engine import LLAMA_8B
-from provenance import commit, cpu_model, save
+from engine_case import LLAMA_8B, versions
+from provenance import cpu_model, save
 
 from quest_vllm.bench import server
 from quest_vllm.errors import EvalUnavailable
@@ -244,19 +243,9 @@ def compare(stock: dict[str, Any], quest: dict[str, Any]) -> dict[str, dict[str,
 def describe() -> dict[str, Any]:
     """Device, versions and command of this run."""
     import torch
-    import vllm
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "benchmark": "gpu_serve",
-        "gpu": gpu,
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "python": platform.python_version(),
-        "command": " ".join(sys.argv),
-        "commit": commit(),
-    }
+    return {"benchmark": "gpu_serve", "gpu": gpu, "cpu": cpu_model(), **versions()}
 
 
 def main() -> None:

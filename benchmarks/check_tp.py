@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine_case import LLAMA_8B
+from engine_case import LLAMA_8B, write_config
 from process_group import last_lines, run_group
 
 STEPS, PAGE = 24, 16
@@ -67,7 +67,6 @@ def write_model(folder: Path, query_heads: int, kv_heads: int, cuda: bool) -> Pa
     changes = {
         "hidden_size": hidden,
         "intermediate_size": 256 if not cuda else 128 * query_heads,
-        "num_hidden_layers": 4,
         "num_attention_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 128 if cuda else 64,  # on a GPU that of the benchmark: no other kernels to build
@@ -76,11 +75,11 @@ def write_model(folder: Path, query_heads: int, kv_heads: int, cuda: bool) -> Pa
         "initializer_range": 0.15 * (128 / hidden) ** 0.5,
     }
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B | changes))
+    write_config(folder, LLAMA_8B | changes, layers=4)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B | changes))
+    write_config(folder, LLAMA_8B | changes, layers=4)  # transformers wrote its own
     return folder
 
 

@@ -36,10 +36,22 @@ def write_config(folder: str | Path, shape: dict[str, Any], layers: int) -> None
     (Path(folder) / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
 
 
+def versions() -> dict[str, str]:
+    """Versions, command and commit of this run."""
+    import torch
+    import vllm
+
+    return {
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+    }
+
+
 def describe(gpu: str, implementation: str) -> dict[str, Any]:
     """``gpu``, ``implementation`` of the kernels, policy, versions and command of this run."""
-    import torch
-
     from quest_vllm.config import load_config
 
     config = load_config(None).resolved()
@@ -47,11 +59,7 @@ def describe(gpu: str, implementation: str) -> dict[str, Any]:
         "implementation": implementation,
         "policy": {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")},
         "gpu": gpu,
-        "torch": torch.__version__,
-        "vllm": __import__("vllm").__version__,
-        "python": platform.python_version(),
-        "command": " ".join(sys.argv),
-        "commit": commit(),
+        **versions(),
     }
 
 

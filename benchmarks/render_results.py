@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +30,48 @@ def policy_name(document: dict[str, Any]) -> str:
     return {"min_max": "min/max", "key_codes": "key codes"}[summary]
 
 
-def engine_lines() -> list[str]:
-    """Whole-model lines on a GPU."""
-    lines = {}  # a case's newest measurement wins
-    for path in sorted((ROOT / "benchmarks/results").glob("h*/*-engine.json")):
+def model_lines(
+    pattern: str, keys: tuple[str, ...], line: Callable[[dict[str, Any], dict[str, Any]], str]
+) -> list[str]:
+    """Whole-model lines from all files of a kind, in the order of ``keys``: of a case and policy the newest file's.
+
+    ``line``: what a document and a case of it come to, but for the link to the file.
+    """
+    lines = {}
+    for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
         document = json.loads(path.read_text())
         for c in document["cases"]:
             if "speedup" in c:
-                policy = policy_name(document)
-                lines[c["context"], c["batch"], c["budget"], policy] = (
-                    f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per "
-                    f"output token, {policy}, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
-                    f"{c['speedup']:.2f}x | [json]({path.relative_to(ROOT)}) |"
-                )
+                case = (*(c[key] for key in keys), policy_name(document))
+                lines[case] = f"{line(document, c)} | [json]({path.relative_to(ROOT)}) |"
     return [lines[case] for case in sorted(lines)]
+
+
+def engine_lines() -> list[str]:
+    """Whole-model lines on a GPU."""
+
+    def line(document: dict[str, Any], c: dict[str, Any]) -> str:
+        return (
+            f"| Llama-3.1-8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output "
+            f"token, {policy_name(document)}, {document['implementation']} kernels | FLASH_ATTN, {document['gpu']} | "
+            f"{c['speedup']:.2f}x"
+        )
+
+    return model_lines("h*/*-engine.json", ("context", "batch", "budget"), line)
 
 
 def tp_lines() -> list[str]:
     """Whole-model lines on several GPUs, by bench_gpu_tp.py."""
-    lines = {}  # a case's newest measurement wins
-    for path in sorted((ROOT / "benchmarks/results").glob("h*/*-tp.json")):
-        document = json.loads(path.read_text())
-        for c in document["cases"]:
-            if "speedup" in c:
-                policy = policy_name(document)
-                kernels = f"{policy}, {document['implementation']} kernels"
-                lines[c["gpus"], c["context"], c["batch"], c["budget"], policy] = (
-                    f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, "
-                    f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | time per output token, "
-                    f"{c['gpus']} GPU{'s' * (c['gpus'] > 1)}, {kernels} | "
-                    f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token "
-                    f"{c['time_to_first_token_ratio']:.2f}x) | [json]({path.relative_to(ROOT)}) |"
-                )
-    return [lines[case] for case in sorted(lines)]
+
+    def line(document: dict[str, Any], c: dict[str, Any]) -> str:
+        return (
+            f"| {document['model']}, {c['layers']} of {document['shape_layers']} layers, {size(c['context'])} "
+            f"x{c['batch']}, budget {size(c['budget'])} | time per output token, {c['gpus']} "
+            f"GPU{'s' * (c['gpus'] > 1)}, {policy_name(document)}, {document['implementation']} kernels | "
+            f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token {c['time_to_first_token_ratio']:.2f}x)"
+        )
+
+    return model_lines("h*/*-tp.json", ("gpus", "context", "batch", "budget"), line)
 
 
 def chain_ratios(case: dict[str, Any], way: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 from quest_vllm import compat
 from quest_vllm.config import AUTO, QuestConfig, load_config
 from quest_vllm.model_settings import find_settings
+from quest_vllm.ops.cuda_params import HOPPER, MOST_CODED_ROWS
 
-CUDA_GENERATION, MOST_CODED_ROWS = 9, 8  # what csrc/cuda serves: see ops.cuda.check_device, check_page_summary
 logger = logging.getLogger("vllm.quest_vllm")
 _active: QuestConfig | None = None
 
@@ -47,9 +47,10 @@ def _why_boxes(vllm_config: Any, config: QuestConfig) -> str | None:
         return why
     parallel = vllm_config.parallel_config
     heads = model.get_num_attention_heads(parallel) // max(1, model.get_num_kv_heads(parallel))
+    generation = compat.gpu_generation()
     found = (
         (config.implementation in ("auto", "cuda"), f"implementation {config.implementation}"),
-        (compat.gpu_generation() == CUDA_GENERATION, f"compute capability {compat.gpu_generation()}.x"),
+        (generation == HOPPER, f"compute capability {generation}.x"),
         (str(model.dtype) == "torch.bfloat16", f"{model.dtype}"),
         (heads <= MOST_CODED_ROWS, f"{heads} query heads a KV head"),
     )

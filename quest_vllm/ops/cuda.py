@@ -17,7 +17,17 @@ import torch
 
 from quest_vllm.ops import cuda_build, key_codes
 from quest_vllm.ops.build_tools import KernelsUnavailable
-from quest_vllm.ops.cuda_params import ATTEND, PAGE_SUMMARIES, REDUCTIONS, SCORE, SELECT, DecodeParams, WriteParams
+from quest_vllm.ops.cuda_params import (
+    ATTEND,
+    HOPPER,
+    MOST_CODED_ROWS,
+    PAGE_SUMMARIES,
+    REDUCTIONS,
+    SCORE,
+    SELECT,
+    DecodeParams,
+    WriteParams,
+)
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
@@ -25,7 +35,6 @@ ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
-MOST_CODED_ROWS = 8  # query heads that share a selection by key codes
 
 
 @functools.cache
@@ -63,7 +72,7 @@ def check_device() -> None:
     if not torch.cuda.is_available():
         raise KernelsUnavailable("no CUDA GPU is visible")
     capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:
+    if capability[0] != HOPPER:
         raise KernelsUnavailable(f"the CUDA kernels are built for compute capability 9.0, this GPU has {capability}")
 
 

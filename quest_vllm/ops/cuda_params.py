@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+HOPPER = 9  # compute capability, its major part, that the kernels are built for
+MOST_CODED_ROWS = 8  # query heads that share a selection by key codes
 PAGE_SUMMARIES = {"min_max": 0, "key_codes": 1}
 REDUCTIONS = {"max": 0, "per_query_head": 0, "mean": 1, "mass": 2}
 SCORE, SELECT, ATTEND = 1, 2, 4
