@@ -34,9 +34,10 @@ CHUNK = 256  # queries whose attention weights are held at once
 
 @dataclass(frozen=True)
 class Prefix:
-    """A densely prefilled text and room for ``max_rows`` decode rows, in one paged cache for all layers.
+    """Densely prefilled texts of one length and room for ``max_rows`` decode rows, in one paged cache for all layers.
 
-    Layer i owns blocks ``i * length / BLOCK`` on; the last ``max_rows`` blocks serve the rows of whichever layer runs.
+    Layer i's blocks of text n begin at ``(i * texts + n) * length / BLOCK``; the last ``max_rows`` blocks serve the
+    rows of whichever layer runs.
     """
 
     length: int  # tokens, a multiple of BLOCK
@@ -45,10 +46,11 @@ class Prefix:
     values: torch.Tensor
     summaries: dict[tuple[int, str], torch.Tensor]  # by page size and page_summary, made when first needed
     attended: dict[int, torch.Tensor]  # by layer, [num_kv_heads, length] float32: see DecodeStep.attended
+    texts: int = 1
 
     @property
     def blocks(self) -> int:
-        """Blocks of the text in one layer."""
+        """Blocks of a text in one layer."""
         return self.length // BLOCK
 
 
@@ -86,7 +88,7 @@ class Pass:
     prefix: Prefix
     rows: Rows
     run: Run
-    block_table: torch.Tensor  # [rows, blocks + 1] int32: of layer 0, and each row's own
+    block_table: torch.Tensor  # [rows, blocks + 1] int32: its text's of layer 0, and its own
     seq_lens: torch.Tensor  # [rows] int32
     page_budgets: torch.Tensor  # [rows] int32
     max_page_budget: int
@@ -107,9 +109,11 @@ class ReferenceModel:
         self.ops: Ops = shared_prefix_ops() if self.masked else load_ops("auto", "cpu", "rows")
         self._pass: Pass | None = None
         self._attended: dict[int, torch.Tensor] | None = None
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, self._attend)
-        ALL_ATTENTION_FUNCTIONS.register(PREFILL, self._prefill_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFILL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        # transformers keeps them by name for all models
+        self._attention, self._prefilling = f"{ATTENTION}_{id(self)}", f"{PREFILL}_{id(self)}"
+        ALL_ATTENTION_FUNCTIONS.register(self._attention, self._attend)
+        ALL_ATTENTION_FUNCTIONS.register(self._prefilling, self._prefill_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self._prefilling, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,21 +133,29 @@ class ReferenceModel:
 
         ``keep_attended`` also sums up what every token was attended to, at several times the price.
         """
-        if len(tokens) % BLOCK:
-            raise ValueError(f"expected a multiple of {BLOCK} tokens, got {len(tokens)}")
-        self.model.set_attn_implementation(PREFILL if keep_attended or self.masked else "sdpa")
+        return self.prefill_texts([tokens], max_rows, keep_attended)
+
+    @torch.inference_mode()
+    def prefill_texts(self, texts: list[list[int]], max_rows: int, keep_attended: bool = False) -> Prefix:
+        """Prefill ``texts`` of one length together; ``max_rows`` is of all. See :meth:`prefill`."""
+        length = len(texts[0])
+        if length % BLOCK or any(len(tokens) != length for tokens in texts):
+            raise ValueError(f"expected a multiple of {BLOCK} tokens, got {[len(tokens) for tokens in texts]}")
+        if keep_attended and len(texts) > 1:
+            raise ValueError(f"expected one text where attention is kept, got {len(texts)}")
+        self.model.set_attn_implementation(self._prefilling if keep_attended or self.masked else "sdpa")
         self._attended = {} if keep_attended else None
-        flat = torch.tensor([tokens], device=self.device)
-        layers = self.model(flat, use_cache=True, logits_to_keep=1).past_key_values.layers
-        heads, dim, length = layers[0].keys.shape[1], layers[0].keys.shape[3], len(tokens)
-        per_layer = length // BLOCK
+        inputs = torch.tensor(texts, device=self.device)
+        layers = self.model(inputs, use_cache=True, logits_to_keep=1).past_key_values.layers
+        heads, dim = layers[0].keys.shape[1], layers[0].keys.shape[3]
+        per_layer = length // BLOCK * len(texts)
         shape = (len(layers) * per_layer + max_rows, heads, BLOCK, dim)
         keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for index, layer in enumerate(layers):
             own = slice(index * per_layer, (index + 1) * per_layer)
-            for cache, kept in ((keys, layer.keys[0]), (values, layer.values[0])):
-                cache[own] = blocks_of(kept, length)
-        return Prefix(length, max_rows, keys, values, {}, self._attended or {})
+            for cache, kept in ((keys, layer.keys), (values, layer.values)):
+                cache[own] = torch.cat([blocks_of(text, length) for text in kept])
+        return Prefix(length, max_rows, keys, values, {}, self._attended or {}, len(texts))
 
     def _prefill_attention(
         self,
@@ -192,9 +204,10 @@ class ReferenceModel:
     ) -> list[torch.Tensor]:
         """Logits ``[tokens, vocabulary]`` float32 after each token of each continuation of the prefix.
 
-        ``budgets``, one a continuation and in tokens, stand in for ``run.token_budget``.
+        With several texts, the continuations of each follow one another, as many rows of each. ``budgets``, one a
+        continuation and in tokens, stand in for ``run.token_budget``.
         """
-        self.model.set_attn_implementation(ATTENTION)
+        self.model.set_attn_implementation(self._attention)
         lengths = [len(tokens) for tokens in continuations]
         self._pass = begin_pass(prefix, lengths, run, budgets or [run.token_budget] * len(lengths))
         flat = torch.tensor([[token for tokens in continuations for token in tokens]], device=self.device)
@@ -291,7 +304,11 @@ def begin_pass(prefix: Prefix, lengths: list[int], run: Run, budgets: Sequence[i
     """A pass over continuations of ``lengths`` tokens at ``budgets`` tokens each."""
     rows = lay_out(prefix, lengths)
     device, count = prefix.keys.device, len(rows.offset)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    if count % prefix.texts or not set(range(count // prefix.texts, count + 1, count // prefix.texts)) <= set(ends):
+        raise ValueError(f"expected as many rows of each of {prefix.texts} texts, got {lengths}")
     table = torch.arange(prefix.blocks + 1, device=device, dtype=torch.int32).repeat(count, 1)
+    table += torch.arange(prefix.texts, device=device).repeat_interleave(count // prefix.texts)[:, None] * prefix.blocks
     table[:, -1] = rows.own_block
     pages = [
         -(-budget // run.page_size) for budget, length in zip(budgets, lengths, strict=True) for _ in range(length)
@@ -303,7 +320,7 @@ def begin_pass(prefix: Prefix, lengths: list[int], run: Run, budgets: Sequence[i
 def decode_step(now: Pass, layer: int, query: torch.Tensor, scale: float) -> DecodeStep:
     """What a policy sees of one layer."""
     prefix, run = now.prefix, now.run
-    table = now.block_table + layer * prefix.blocks
+    table = now.block_table + layer * prefix.texts * prefix.blocks
     table[:, -1] = now.block_table[:, -1]
     return DecodeStep(
         query=query,
@@ -317,6 +334,7 @@ def decode_step(now: Pass, layer: int, query: torch.Tensor, scale: float) -> Dec
         scale=scale,
         sink_pages=run.sink_pages,
         recent_pages=run.recent_pages,
+        prefixes=prefix.texts,
         attended=prefix.attended.get(layer),
     )
 
@@ -348,14 +366,15 @@ def attend_to_tokens(step: DecodeStep, values: torch.Tensor, kept: torch.Tensor)
     """Attention of each row to the tokens ``kept [rows, heads, tokens]``: the query's shape and dtype.
 
     ``heads`` is 1, or ``num_kv_heads``, or ``num_q_heads`` where they differ in a group.
-    The prefix's values are multiplied once for all rows, which share all but their last block.
+    A prefix's values are multiplied once for all its rows, which share all but their last block.
     """
     num_kv_heads, block = step.key_cache.shape[1:3]
     by_group = kept.unflatten(1, (min(num_kv_heads, kept.shape[1]), -1))
     weights = token_logits(step).masked_fill(~by_group, float("-inf")).softmax(-1)
-    shared, own = step.block_table[0, :-1].long(), step.block_table[:, -1].long()
-    prefix = values[shared].transpose(0, 1).flatten(1, 2).float()  # [num_kv_heads, prefix tokens, head_dim]
-    out = torch.einsum("rhgt,htd->rhgd", weights[..., :-block], prefix)
+    by_prefix = (step.prefixes, len(weights) // step.prefixes)
+    shared, own = step.block_table[:: by_prefix[1], :-1].long(), step.block_table[:, -1].long()
+    prefix = values[shared].transpose(1, 2).flatten(2, 3).float()  # [prefixes, num_kv_heads, prefix tokens, head_dim]
+    out = torch.einsum("prhgt,phtd->prhgd", weights[..., :-block].unflatten(0, by_prefix), prefix).flatten(0, 1)
     out = out + torch.einsum("rhgt,rhtd->rhgd", weights[..., -block:], values[own].float())
     return out.flatten(1, 2).to(step.query.dtype)
 

@@ -295,24 +295,29 @@ Values = dict[str, list[float]]
 
 
 class TextTask:
-    """KL of the rows of one text, and the likelihood of the text's own tokens."""
+    """KL of the rows of each of some texts, and the likelihood of their own tokens."""
 
-    def __init__(self, model: ReferenceModel, text: Text, page_size: int, most: int, keep_attended: bool) -> None:
-        self.model, self.rows = model, text.rows
-        self.prefix: Prefix = model.prefill(text.prefix, len(text.rows) * most, keep_attended)
-        self.next = torch.tensor(text.rows[1:], device=model.device)[:, None]
+    def __init__(
+        self, model: ReferenceModel, chosen: list[Text], page_size: int, most: int, keep_attended: bool
+    ) -> None:
+        self.model, self.rows = model, [text.rows for text in chosen]
+        rows = sum(map(len, self.rows)) * most
+        self.prefix: Prefix = model.prefill_texts([text.prefix for text in chosen], rows, keep_attended)
+        self.next = torch.tensor([rows[1:] for rows in self.rows], device=model.device)[..., None]
         self.dense = self._log_probs(Run(None, page_size), [0])[0]
 
     def _log_probs(self, run: Run, budgets: Sequence[int]) -> list[torch.Tensor]:
-        logits = self.model.decode(self.prefix, [self.rows] * len(budgets), run, budgets)
-        return [rows.log_softmax(-1) for rows in logits]
+        """For each budget ``[texts, rows, vocabulary]`` float32."""
+        continued = [rows for rows in self.rows for _ in budgets]
+        logits = self.model.decode(self.prefix, continued, run, list(budgets) * len(self.rows))
+        return [torch.stack(logits[i :: len(budgets)]).log_softmax(-1) for i in range(len(budgets))]
 
     def measure(self, run: Run, budgets: Sequence[int]) -> list[Values]:
-        """For each budget one value a metric: the mean over the rows."""
+        """For each budget one value a metric and text: the mean over the rows."""
         return [
             {
-                "kl": [float((self.dense.exp() * (self.dense - found)).sum(-1).mean())],
-                "text_nll": [-float(found[:-1].gather(1, self.next).mean())],
+                "kl": (self.dense.exp() * (self.dense - found)).sum(-1).mean(-1).tolist(),
+                "text_nll": (-found[:, :-1].gather(2, self.next).mean((1, 2))).tolist(),
             }
             for found in ([self.dense] if run.policy is None else self._log_probs(run, budgets))
         ]
@@ -347,15 +352,15 @@ class NeedleTask:
 
 def tasks(
     model: ReferenceModel,
-    chosen: list[Text],
+    chosen: list[list[Text]],
     hidden: Iterable[tuple[list[int], list[Question]]],
     page_size: int,
     most: int,
     keep_attended: bool,
 ) -> Iterator[Any]:
     """One after the other: a prefix is hundreds of megabytes. A pass has up to ``most`` budgets."""
-    for text in chosen:
-        yield TextTask(model, text, page_size, most, keep_attended)
+    for some in chosen:
+        yield TextTask(model, some, page_size, most, keep_attended)
     for prefix, questions in hidden:
         yield NeedleTask(model, prefix, questions, most, keep_attended)
 
@@ -496,6 +501,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", choices=("even", "odd", "all", "none"), default="all")
     parser.add_argument("--places", type=int, default=0, help="texts at so many places of two of the sources instead")
     parser.add_argument("--rows", type=int, default=ROWS, help="decoded tokens of a text, up to 64")
+    parser.add_argument("--batch", type=int, default=1, help="texts in a pass; several are faster on a GPU")
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
@@ -521,10 +527,11 @@ def main() -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.needles)
     hidden = (needles(model.encode, arguments.context, KEYS, seed, start=start)[:2] for seed in seeds)
     budgets = SWEEP_BUDGETS.get(arguments.sweep, BUDGETS)
-    stream = tasks(model, chosen, hidden, arguments.page_size, len(budgets), remembers)
+    batches = [chosen[i : i + arguments.batch] for i in range(0, len(chosen), arguments.batch)]
+    stream = tasks(model, batches, hidden, arguments.page_size, len(budgets), remembers)
     saved, results = time.monotonic(), []
     for number, cells in enumerate(measure(candidates, stream, arguments.page_size, budgets)):
-        if number + 1 == len(chosen) + len(seeds) or time.monotonic() - saved > SAVE_EVERY:
+        if number + 1 == len(batches) + len(seeds) or time.monotonic() - saved > SAVE_EVERY:
             results = results_of(cells, candidates, model.shape, arguments.context)
             save(document | {"results": results}, arguments.output)
             saved = time.monotonic()

@@ -1,7 +1,8 @@
 """The operations for rows that share all blocks but their last, in PyTorch: on a GPU in float32, no loop over rows.
 
-What the decode rows of :mod:`hf_reference` are. Scores equal :mod:`quest_vllm.ops.reference`'s to rounding: what the
-shared blocks hold is read once for all rows, as keys of one request whose groups are all rows' query heads.
+What the decode rows of :mod:`hf_reference` are: of one prefix or several, as many of each and one after the other.
+Scores equal :mod:`quest_vllm.ops.reference`'s to rounding: what a prefix's blocks hold is read once for all its rows,
+as keys of one request whose groups are all rows' query heads.
 """
 
 from __future__ import annotations
@@ -35,28 +36,38 @@ def score_pages(
     scale: float = 1.0,
     page_summary: str = "min_max",
 ) -> torch.Tensor:
-    """See the reference. Rows must share every block but their last, and have at least a token in it."""
+    """See the reference. Rows of a prefix must share every block but their last, and have at least a token in it."""
     num_reqs, _, head_dim = query.shape
     num_kv_heads, pages_per_block = summaries.shape[1:3]
     check_page_summary(page_summary, head_dim, page_size)
+    prefixes = count_prefixes(block_table)
+    rows = num_reqs // prefixes
     grouped = query.float().view(num_reqs, num_kv_heads, -1, head_dim)
-    every = grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)  # one request: all rows' query heads
-    shared = summaries[block_table[0, :-1].long()][None]  # [1, blocks, num_kv_heads, pages_per_block, 2, head_dim]
+    # a prefix is one request: all its rows' query heads
+    every = grouped.unflatten(0, (prefixes, rows)).transpose(1, 2).flatten(2, 3)
+    # [prefixes, blocks, num_kv_heads, pages_per_block, 2, head_dim]
+    shared = summaries[block_table[::rows, :-1].long()]
     own = summaries[block_table[:, -1:].long()]
     in_own = seq_lens - (block_table.shape[1] - 1) * pages_per_block * page_size
-    full = seq_lens.new_full((1,), (block_table.shape[1] - 1) * pages_per_block * page_size)
+    full = seq_lens.new_full((prefixes,), (block_table.shape[1] - 1) * pages_per_block * page_size)
     if page_summary == "key_codes":
         first, last = (_coded(*side, scale) for side in ((every, shared, full), (grouped, own, in_own)))
         factor = 1.0
     else:
         first, last = (_boxed(*side, bound_radius) for side in ((every, shared), (grouped, own)))
         factor = scale if group_reduction == "mass" else 1.0
-    first = first[0].unflatten(1, (num_reqs, -1)).transpose(0, 1)  # [rows, num_kv_heads, group, shared pages]
+    first = first.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)  # [num_reqs, num_kv_heads, group, pages]
     bound = torch.cat([first, last], dim=-1) * factor
     valid = torch.arange(bound.shape[-1], device=query.device) < num_pages(seq_lens, page_size)[:, None]
     if group_reduction == "mass":
         bound = bound.masked_fill(~valid[:, None, None], float("-inf"))
     return JOINS[group_reduction](bound).masked_fill(~valid[:, None], float("-inf"))
+
+
+def count_prefixes(block_table: torch.Tensor) -> int:
+    """How many prefixes the rows of ``block_table [num_reqs, blocks + 1]`` are of, by their first block."""
+    first = block_table[:, 0]
+    return int((first[1:] != first[:-1]).sum()) + 1
 
 
 def _by_head(summaries: torch.Tensor) -> torch.Tensor:
