@@ -53,8 +53,11 @@ def versions() -> dict[str, str]:
 def describe(gpu: str, implementation: str) -> dict[str, Any]:
     """``gpu``, ``implementation`` of the kernels, policy, versions and command of this run."""
     from quest_vllm.config import load_config
+    from quest_vllm.runtime import Heads, why_boxes
 
-    config = load_config(None).resolved()
+    config = load_config(None)
+    group = LLAMA_70B["num_attention_heads"] // LLAMA_70B["num_key_value_heads"]  # no less than the 8B's
+    config = config.resolved(why_boxes(config, Heads(LLAMA_8B["head_dim"], group, "torch.bfloat16"), "cuda"))
     return {
         "implementation": implementation,
         "policy": {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")},

@@ -13,7 +13,7 @@ from typing import Any
 
 import quest_vllm
 from quest_vllm.byte_model import GPU_BANDWIDTHS, Estimate, ModelShape, estimate
-from quest_vllm.config import IMPLEMENTATIONS, MAX_TOKEN_BUDGET, QuestConfig, load_config
+from quest_vllm.config import AUTO, IMPLEMENTATIONS, MAX_TOKEN_BUDGET, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
 from quest_vllm.exit_codes import DONE, SOME_FAILED, USAGE, help_text
 
@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that ``check`` says, as JSON values. Raises :class:`QuestConfigError` for a flag out of range."""
     from quest_vllm import compat
+    from quest_vllm.model_shape import read_config
 
     _check_flags(arguments)
     try:
@@ -82,14 +83,18 @@ def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         compat.check_vllm_version()
         config = load_config(None)
-        report["chosen"] = _chosen(config, device)
     except (QuestError, ValueError) as error:
-        report["problems"].append(str(error))
-        return report
+        return _stopped(report, error)
+    model = read_config(arguments.model) if arguments.model else None
+    config, summary = _without_auto(config, model, device)
+    try:
+        report["chosen"] = _chosen(config, device) | summary
+    except (QuestError, ValueError) as error:
+        return _stopped(report, error)
     report["implementations"] = _implementations(device)
     report["configuration"] = dataclasses.asdict(config)
     report["features"] = [dataclasses.asdict(finding) for finding in _findings(device)]
-    shape = _add_model(report, arguments.model, device) if arguments.model else None
+    shape = _add_model(report, arguments.model, model, device) if model is not None else None
     if arguments.context is not None:
         report["estimate"] = _estimate(arguments, config, shape, report["device"])
     return report
@@ -104,6 +109,29 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise QuestConfigError("--context: expected with --budget and --bandwidth, got none")
 
 
+def _stopped(report: dict[str, Any], error: Exception) -> dict[str, Any]:
+    report["problems"].append(str(error))
+    return report
+
+
+def _without_auto(config: QuestConfig, model: Any | None, device: str) -> tuple[QuestConfig, dict[str, str]]:
+    """``config`` as a server of ``model`` (a transformers configuration) resolves it, and its words for people."""
+    from quest_vllm.model_shape import head_dim, served_dtype
+    from quest_vllm.runtime import Heads, why_boxes
+
+    heads = None
+    if model is not None:
+        kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        heads = Heads(head_dim(model), model.num_attention_heads // kv_heads, str(served_dtype(model)))
+    why = why_boxes(config, heads, device)
+    chosen = config.resolved(why)
+    said = {"page_summary": chosen.page_summary, "group_reduction": chosen.group_reduction}
+    if config.page_summary == AUTO:
+        unsure = "" if model is not None or why else "; --model tells whether a model has anything against it"
+        said["page_summary_auto"] = f"{chosen.page_summary}: {why or 'nothing is against key codes'}{unsure}"
+    return chosen, said
+
+
 def _chosen(config: QuestConfig, device: str) -> dict[str, Any]:
     """What a server started here and now would use."""
     import torch
@@ -113,7 +141,6 @@ def _chosen(config: QuestConfig, device: str) -> dict[str, Any]:
     from quest_vllm.support import backend_class
 
     backend = backend_class(device)
-    config = config.resolved()
     ops = load_ops(config.implementation, device, page_summary=config.page_summary)
     chosen: dict[str, Any] = {
         "backend": f"{backend.__module__}.{backend.__name__}",
@@ -154,11 +181,10 @@ def _findings(device: str) -> list[Any]:
     return list(probe(device))
 
 
-def _add_model(report: dict[str, Any], model: str, device: str) -> ModelShape:
-    from quest_vllm.model_shape import attention_features, read_config, read_shape
+def _add_model(report: dict[str, Any], model: str, config: Any, device: str) -> ModelShape:
+    from quest_vllm.model_shape import attention_features, read_shape
     from quest_vllm.support import model_refusals
 
-    config = read_config(model)
     features = attention_features(config)
     reasons = model_refusals(device, features)
     report["model"] = {"name": model, "type": config.model_type, "asks_for": features, "refused_for": reasons}

@@ -113,10 +113,8 @@ class QuestConfig:
 
         ``head_dim`` None: not known. What a device has against it is :mod:`quest_vllm.runtime`'s to say.
         """
-        if self.page_size != KEY_CODE_PAGE_SIZE:
-            return f"key codes need page_size {KEY_CODE_PAGE_SIZE}, got {self.page_size}"
-        if head_dim is not None and head_dim % KEY_CODE_CHANNELS:
-            return f"key codes need a head_dim that is a multiple of {KEY_CODE_CHANNELS}, got {head_dim}"
+        if why := why_no_codes(self.page_size, head_dim):
+            return why
         if self.bound_radius != BOUND_RADIUS:
             return f"bound_radius is set, to {self.bound_radius}, and key codes have none"
         return None
@@ -125,6 +123,15 @@ class QuestConfig:
     def min_token_budget(self) -> int:
         """The smallest legal budget other than 0: the forced pages, in tokens."""
         return (self.sink_pages + self.recent_pages) * self.page_size
+
+
+def why_no_codes(page_size: int, head_dim: int | None) -> str | None:
+    """Why pages of ``page_size`` keys of ``head_dim`` channels (None: not known) have no key codes; None: they can."""
+    if page_size != KEY_CODE_PAGE_SIZE:
+        return f"key codes need page_size {KEY_CODE_PAGE_SIZE}, got {page_size}"
+    if head_dim is not None and head_dim % KEY_CODE_CHANNELS:
+        return f"key codes need a head_dim that is a multiple of {KEY_CODE_CHANNELS}, got {head_dim}"
+    return None
 
 
 def load_config(

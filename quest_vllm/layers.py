@@ -7,9 +7,8 @@ from typing import Any
 
 from quest_vllm import compat
 from quest_vllm.accounting import record_memory
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import QuestConfig, why_no_codes
 from quest_vllm.errors import QuestConfigError
-from quest_vllm.ops.key_codes import CHANNELS
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
@@ -84,11 +83,8 @@ def refuse_block_size(block_size: int, page_size: int) -> None:
 
 def refuse_page_summary(config: QuestConfig, head_dim: int) -> None:
     """Raise :class:`~quest_vllm.compat.UnsupportedVllm` where page_summary is one that this start cannot serve."""
-    if config.page_summary == "key_codes" and head_dim % CHANNELS:
-        raise compat.UnsupportedVllm(
-            f"page_summary: {config.page_summary} needs a head_dim that is a multiple of {CHANNELS}, got {head_dim}; "
-            "set page_summary to min_max"
-        )
+    if config.page_summary == "key_codes" and (why := why_no_codes(config.page_size, head_dim)):
+        raise compat.UnsupportedVllm(f"page_summary: {why}; set page_summary to min_max")
 
 
 def _report(config: QuestConfig, layer_names: list[str], spec: Any) -> None:

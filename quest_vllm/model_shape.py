@@ -84,7 +84,7 @@ def read_shape(model: str, config: Any) -> ModelShape:
         num_q_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim(config),
-        kv_element_size=_dtype(config).itemsize,
+        kv_element_size=served_dtype(config).itemsize,
         dense_weight_bytes=dense,
         expert_weight_bytes=experts,
         num_experts=num_experts,
@@ -92,7 +92,8 @@ def read_shape(model: str, config: Any) -> ModelShape:
     )
 
 
-def _dtype(config: Any) -> Any:
+def served_dtype(config: Any) -> Any:
+    """The ``torch.dtype`` that vLLM serves the model in, unless told otherwise."""
     import torch
 
     dtype = getattr(config, "dtype", None)
@@ -126,6 +127,6 @@ def _meta_sizes(config: Any) -> Iterator[tuple[str, int]]:
             f"--model: cannot size the weights of a {config.model_type!r} model from its configuration alone: {error}; "
             "give a folder with its safetensors files"
         ) from error
-    itemsize = _dtype(config).itemsize
+    itemsize = served_dtype(config).itemsize
     for name, parameter in model.named_parameters():
         yield name, math.prod(parameter.shape) * itemsize

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from quest_vllm import compat
@@ -32,28 +33,45 @@ def config_of(vllm_config: Any | None) -> QuestConfig:
         _report_settings(model)
     if config.page_summary != AUTO or not hasattr(getattr(vllm_config, "model_config", None), "get_head_size"):
         return config.resolved()
-    why_boxes = _why_boxes(vllm_config, config)
-    _report_summary("min_max" if why_boxes else "key_codes", why_boxes)
-    return config.resolved(why_boxes)
+    why = why_boxes(config, _heads_of(vllm_config), "cpu" if compat.is_cpu_platform() else "cuda")
+    _report_summary("min_max" if why else "key_codes", why)
+    return config.resolved(why)
 
 
-def _why_boxes(vllm_config: Any, config: QuestConfig) -> str | None:
-    """What the model or the device has against key codes, in words; None: nothing.
+@dataclass(frozen=True)
+class Heads:
+    """What page_summary auto asks of a model: channels of a head, query heads a KV head, "torch.bfloat16" or another.
 
-    On a GPU the CUDA kernels score codes in little more time than boxes, Triton's in several times as much.
+    The same of every layer.
     """
-    model = vllm_config.model_config
-    if (why := config.why_boxes(model.get_head_size())) or compat.is_cpu_platform():
+
+    head_dim: int
+    group: int
+    dtype: str
+
+
+def _heads_of(vllm_config: Any) -> Heads:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    group = model.get_num_attention_heads(parallel) // max(1, model.get_num_kv_heads(parallel))
+    return Heads(model.get_head_size(), group, str(model.dtype))
+
+
+def why_boxes(config: QuestConfig, heads: Heads | None, device: str) -> str | None:
+    """What the settings, the model or the ``device`` ("cpu" or "cuda") have against key codes, in words; None: nothing.
+
+    ``heads`` None: no model is known, and nothing is held against it. On a GPU the CUDA kernels score codes in little
+    more time than boxes, Triton's in several times as much.
+    """
+    if (why := config.why_boxes(heads.head_dim if heads else None)) or device == "cpu":
         return why
-    parallel = vllm_config.parallel_config
-    heads = model.get_num_attention_heads(parallel) // max(1, model.get_num_kv_heads(parallel))
     generation = compat.gpu_generation()
-    found = (
+    found = [
         (config.implementation in ("auto", "cuda"), f"implementation {config.implementation}"),
         (generation == HOPPER, f"compute capability {generation}.x"),
-        (str(model.dtype) == "torch.bfloat16", f"{model.dtype}"),
-        (heads <= MOST_CODED_ROWS, f"{heads} query heads a KV head"),
-    )
+    ]
+    if heads:
+        found.append((heads.dtype == "torch.bfloat16", heads.dtype))
+        found.append((heads.group <= MOST_CODED_ROWS, f"{heads.group} query heads a KV head"))
     return next((f"no CUDA kernels for key codes with {what}" for fits, what in found if not fits), None)
 
 

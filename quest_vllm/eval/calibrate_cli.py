@@ -21,6 +21,7 @@ from quest_vllm.eval.run import environment
 from quest_vllm.eval.text import TEXT, TextSource, load_text
 from quest_vllm.exit_codes import DONE, STOPS, help_text, stop
 from quest_vllm.model_settings import file_name, packaged_models_dir, search_dirs
+from quest_vllm.runtime import config_of
 
 DESCRIPTION = "Find which layers of a model must stay dense, by measured KL, and keep the answer for serving."
 EPILOG = f"""\
@@ -106,6 +107,7 @@ def _run(parsed: argparse.Namespace, command: str) -> dict[str, Any]:
     wanted = engine_args(parsed.model, length, 8, {**(parsed.engine_args or {}), "enforce_eager": True})
     engine = start_engine(wanted)
     try:
+        config = config_of(engine.llm_engine.vllm_config)  # without "auto": what it chooses with
         task = Task(config, parsed.budget, parsed.context, parsed.max_dense, windows)
         found = calibrate(engine, task, lambda line: print(line, file=sys.stderr, flush=True))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -12,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quest_vllm import compat
 from quest_vllm.budget import XARG
-from quest_vllm.config import QuestConfig, load_config
+from quest_vllm.config import AUTO, QuestConfig, load_config
 from quest_vllm.errors import EvalUnavailable, QuestError, QuestValueError
 from quest_vllm.eval.distributions import compare, mean_nll, new_record
 from quest_vllm.eval.forcing import FORCED, PROMPT_LENGTH, RECORD
@@ -23,6 +25,7 @@ from quest_vllm.eval.progress import Progress
 from quest_vllm.eval.prompts import Item, load_codec
 from quest_vllm.eval.session import Options, Session, open_session
 from quest_vllm.eval.text import TEXT, TextSource
+from quest_vllm.runtime import config_of
 
 CPU_KVCACHE_GIB = "4"
 """vLLM-CPU takes nearly all of a machine's memory unless told otherwise."""
@@ -34,13 +37,15 @@ def run_in_process(options: Options, source: TextSource | None) -> tuple[dict[st
     Raises :class:`QuestValueError` for options that cannot be, :class:`EvalUnavailable` where the engine does not
     start, or where no decode row took the sparse path.
     """
-    config = _config(options)
+    _check_budgets(options)
     codec = load_codec(options.tokenizer or options.target, options.chat_template)
     library = Library(codec, options.plan, source, options.text_tokens)
     library.check()
+    arguments = _engine_args(options, library)
+    config = served_config(arguments)
     session = open_session(options, options.target, source, policy(config))
     left = session.left
-    facts: dict[str, Any] = {"runner": "in process", "engine_args": _engine_args(options, library)}
+    facts: dict[str, Any] = {"runner": "in process", "engine_args": arguments}
     if left:
         engine = start_engine(facts["engine_args"])
         try:
@@ -56,13 +61,25 @@ def run_in_process(options: Options, source: TextSource | None) -> tuple[dict[st
     return facts, session
 
 
-def _config(options: Options) -> QuestConfig:
-    """The server defaults in force. Raises :class:`QuestError` for those and for budgets below the smallest."""
+def _check_budgets(options: Options) -> None:
+    """Raise :class:`QuestError` for server defaults that cannot be and for budgets below the smallest."""
     config = load_config((options.engine_args or {}).get("additional_config"), model=options.target)
     for budget in options.plan.budgets:
         if DENSE < budget < config.min_token_budget:
             raise QuestValueError(f"--budgets: expected dense or at least {config.min_token_budget}, got {budget}")
-    return config
+
+
+def served_config(arguments: dict[str, Any]) -> QuestConfig:
+    """The server defaults as an engine of ``arguments`` resolves them, without "auto"; loads no model.
+
+    Raises :class:`EvalUnavailable` where vLLM cannot make a configuration of them.
+    """
+    config = load_config(arguments.get("additional_config"), model=arguments["model"])
+    if config.page_summary != AUTO:
+        return config.resolved()
+    engine_args_type, eager = _vllm().EngineArgs, _eager_on_cpu()
+    with _reason(arguments["model"]):
+        return config_of(engine_args_type(**eager | arguments).create_engine_config())
 
 
 def policy(config: QuestConfig) -> dict[str, Any]:
@@ -94,6 +111,14 @@ def engine_args(model: str, max_model_len: int, max_num_seqs: int, own: dict[str
 
 def start_engine(arguments: dict[str, Any]) -> Any:
     """A ``vllm.LLM`` in this process. Raises :class:`EvalUnavailable` with the reason where it does not start."""
+    vllm, eager = _vllm(), _eager_on_cpu()
+    print("loading the model", file=sys.stderr)
+    with _reason(arguments["model"]):
+        return vllm.LLM(**eager | arguments)
+
+
+def _vllm() -> Any:
+    """The package, with our defaults in the environment. Raises :class:`EvalUnavailable` where it is not installed."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -103,17 +128,24 @@ def start_engine(arguments: dict[str, Any]) -> Any:
         os.environ.setdefault(name, value)
     try:
         import vllm
-        from vllm.platforms import current_platform
     except ImportError as error:
         raise EvalUnavailable(f"loading a model needs vLLM ({error}); to ask a server, give its URL") from error
-    eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
-    print("loading the model", file=sys.stderr)
+    return vllm
+
+
+def _eager_on_cpu() -> dict[str, Any]:
+    return {"enforce_eager": True} if compat.is_cpu_platform() else {}
+
+
+@contextlib.contextmanager
+def _reason(model: str) -> Iterator[None]:
+    """Whatever stops vLLM as :class:`EvalUnavailable`, with vLLM's words."""
     try:
-        return vllm.LLM(**eager | arguments)
+        yield
     except QuestError:
         raise
     except Exception as error:  # a missing model, too little memory, a bad argument: all are vLLM's to explain
-        raise EvalUnavailable(f"vLLM could not load {arguments['model']!r}: {error}") from error
+        raise EvalUnavailable(f"vLLM could not load {model!r}: {error}") from error
 
 
 def stop_engine(engine: Any) -> None:

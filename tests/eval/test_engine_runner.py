@@ -133,6 +133,9 @@ def test_the_command_line_runs_in_process(
     assert cells["text", "decode", 96]["kl"]["mean"] > 0
     assert document["settings"]["rows_in_last_session"]["sparse, budget"] > 0
     assert document["settings"]["policy"]["dense_layers"] == list(load_config(model=str(model_path)).dense_layers)
+    # what "auto" became, not "auto"
+    assert document["settings"]["policy"]["page_summary"] == "key_codes"
+    assert document["settings"]["policy"]["group_reduction"] == "mass"
     assert document["settings"]["modes"] == ["decode", "prefill"]
     monkeypatch.setattr(engine_runner, "start_engine", lambda arguments: pytest.fail("nothing was left to measure"))
     assert main(arguments) == 0

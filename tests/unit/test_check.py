@@ -34,6 +34,42 @@ def test_it_says_what_was_chosen(capsys: pytest.CaptureFixture[str], monkeypatch
     assert chosen["token_budgets"]["minimum"] == 96
 
 
+@pytest.mark.parametrize(
+    ("settings", "head_size", "summary", "reduction", "because"),
+    [
+        ({}, None, "key_codes", "mass", "key_codes: nothing is against key codes; --model tells"),
+        ({}, 64, "key_codes", "mass", "key_codes: nothing is against key codes"),
+        ({}, 80, "min_max", "max", "min_max: key codes need a head_dim that is a multiple of 64, got 80"),
+        ({"page_size": 32}, 64, "min_max", "max", "min_max: key codes need page_size 16, got 32"),
+        ({"page_summary": "min_max"}, 64, "min_max", "max", None),
+    ],
+)
+def test_auto_is_told_as_what_it_means(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    head_size: int | None,
+    summary: str,
+    reduction: str,
+    because: str | None,
+) -> None:
+    monkeypatch.setenv("QUEST_IMPLEMENTATION", "torch")
+    for key, value in settings.items():
+        monkeypatch.setenv(f"QUEST_{key.upper()}", str(value))
+    flags = []
+    if head_size is not None:
+        shape = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        shape |= {"num_hidden_layers": 1, "vocab_size": 32, "head_dim": head_size}
+        flags = ["--model", write_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], **shape)]
+    report = run_json(capsys, *flags)
+    chosen, configuration = report["chosen"], report["configuration"]
+    assert (chosen["page_summary"], chosen["group_reduction"]) == (summary, reduction)
+    assert (configuration["page_summary"], configuration["group_reduction"]) == (summary, reduction)
+    assert chosen.get("page_summary_auto", "").startswith(because or "")
+    assert ("page_summary_auto" in chosen) == (because is not None)
+
+
 def test_refusals_come_from_the_capabilities(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
