@@ -1,8 +1,9 @@
 """Draws what each way to choose keys keeps, reads and costs, from committed JSON. usage: plot_characterisation.py
 
-Reads benchmarks/results/cpu/*-characterise-MODEL-*.json (measure_policies.py --sweep characterise), the newest CPU and
-GPU attention timings, and writes docs/img/characterisation-quality.png, docs/img/characterisation-cost.png, and the
-tables between the markers of docs/characterisation.md. Needs matplotlib.
+Reads benchmarks/results/cpu/*-characterise-MODEL-*.json (measure_policies.py --sweep characterise), *-gap-*.json and
+*-long-*.json of any machine (--sweep gap and long), the newest CPU and GPU attention timings, and writes
+docs/img/characterisation-quality.png, docs/img/characterisation-cost.png, and the tables between the markers of
+docs/characterisation.md. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ WAYS = {
     "oracle": Way("oracle (reads every key)", "#009e73", "*"),
 }
 DENSE_COLOUR = "#333333"
+DEFAULT = "key codes, mass"
 Result = dict[str, Any]
 
 
@@ -263,20 +265,81 @@ def gap_table() -> list[str]:
     for model in load():
         for budget in sorted({one["budget"] for one in model.results("kl") + model.results("needle_nll")} - {0}):
             for policy in ("box, radius 0.5", "key codes, mass"):
-                cells = [closed(model, budget, policy, metric) for metric in ("kl", "needle_nll")]
+                cells = [closed(model.results(metric), budget, policy, metric) for metric in ("kl", "needle_nll")]
                 lines.append(f"| {model.title} | {budget} | {WAYS[policy].title} | {' | '.join(cells)} |")
     return lines
 
 
-def closed(model: Measured, budget: int, policy: str, metric: str) -> str:
+def closed(results: list[Result], budget: int, policy: str, metric: str) -> str:
     """The share of the gap closed and its interval; nothing where original and oracle cannot be told apart."""
-    rows = {one["policy"]: one for one in model.results(metric) if one["budget"] == budget}
+    rows = {one["policy"]: one for one in results if one["budget"] == budget}
     if policy not in rows or metric not in rows[policy].get("gap_closed", {}):
         return ""
     if rows["original"][metric]["low"] <= rows["oracle"][metric]["high"]:
         return "no gap"
     low, high = rows[policy]["gap_closed_95"][metric]
     return f"{100 * rows[policy]['gap_closed'][metric]:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def swept(sweep: str) -> list[Result]:
+    """The newest document of each model and context, of any machine."""
+    found: dict[tuple[str, int], Result] = {}
+    paths = (ROOT / "benchmarks/results").glob(f"*/*-{sweep}-*.json")
+    for path in sorted(paths, key=lambda path: path.name):  # names begin with the date
+        document = json.loads(path.read_text())
+        if document.get("benchmark") == "page_policies":
+            found[document["model"], document["context"]] = document | {"path": str(path.relative_to(ROOT))}
+    return [found[key] for key in sorted(found)]
+
+
+def measured_on(document: Result) -> str:
+    """The model with its source, and how much was measured."""
+    values = document["results"][0]["values"]
+    counts = [f"{len(values[m])} {what}" for m, what in (("kl", "texts"), ("needle_nll", "questions")) if m in values]
+    link = f"[{document['model']}](../{document['path']})"
+    return f"{link}, {render_results.size(document['context'])}, {' and '.join(counts)}"
+
+
+def policies_of(document: Result) -> list[Result]:
+    """Every result but dense's, by budget, in the order of the sweep."""
+    return sorted((one for one in document["results"] if one["budget"]), key=lambda one: one["budget"])
+
+
+def bytes_beside_default(document: Result, one: Result) -> str:
+    """Bytes read in a layer and step, as a share of what the default policy reads at the same budget."""
+    base = next(r for r in policies_of(document) if (r["policy"], r["budget"]) == (DEFAULT, one["budget"]))
+    return f"{100 * one['bytes_per_layer_and_step'] / base['bytes_per_layer_and_step']:.0f}%"
+
+
+def swept_gap_table() -> list[str]:
+    """One line a model, budget and policy of the gap sweep, the original left out, where every gap is 0."""
+    lines = ["| model, context | budget | policy | bytes | KL to dense | KL gap closed | NLL gap closed | answered |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for document in swept("gap"):
+        for one in policies_of(document):
+            key = (document["results"], one["budget"], one["policy"])
+            cells = [measured_on(document), str(one["budget"]), one["policy"], bytes_beside_default(document, one)]
+            cells += [shown(one, "kl"), closed(*key, "kl"), closed(*key, "needle_nll"), shown(one, "needle_hits", 100)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def swept_long_table() -> list[str]:
+    """One line a model and policy of the long sweep: what is lost against dense, paired."""
+    lines = ["| model, context | budget | policy | KL to dense | NLL of the text | NLL of the answer | answered |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for document in swept("long"):
+        for one in policies_of(document):
+            lost = one["minus_dense"]
+            cells = [measured_on(document), str(one["budget"]), one["policy"], shown(one, "kl")]
+            cells += [shown(lost, "text_nll"), shown(lost, "needle_nll"), shown(lost, "needle_hits", 100)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def shown(of: Result, metric: str, percent: int = 0) -> str:
+    """:func:`number`, or nothing where ``of`` lacks the metric."""
+    return number(of if metric in of else None, metric, percent)
 
 
 def time_table() -> list[str]:
@@ -304,7 +367,9 @@ def main() -> None:
     draw_quality(models).savefig(ROOT / "docs/img/characterisation-quality.png", dpi=110)
     draw_cost().savefig(ROOT / "docs/img/characterisation-cost.png", dpi=110)
     text = PAGE.read_text()
-    for name, lines in (("gap", gap_table()), ("quality", quality_table()), ("times", time_table())):
+    tables = {"gap": gap_table(), "quality": quality_table(), "times": time_table()}
+    tables |= {"swept-gap": swept_gap_table(), "swept-long": swept_long_table()}
+    for name, lines in tables.items():
         text = replace(text, name, lines)
     PAGE.write_text(text)
 

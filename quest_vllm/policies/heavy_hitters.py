@@ -38,8 +38,8 @@ class HeavyHitterPolicy:
         kept = torch.zeros_like(received, dtype=torch.bool)
         kept[..., :prefilled] = True
         for offset in range(max(map(len, found), default=0)):  # all continuations at once
-            live = torch.tensor([number for number, rows in enumerate(found) if len(rows) > offset])
-            rows = torch.tensor([found[number][offset] for number in live.tolist()])
+            live = torch.tensor([n for n, rows in enumerate(found) if len(rows) > offset], device=logits.device)
+            rows = torch.tensor([found[n][offset] for n in live.tolist()], device=logits.device)
             count = -(-int(step.seq_lens[rows[0]]) // size)
             kept[live, :, count - 1] = True
             kept[live] = strongest(received[live], kept[live], count, budget)

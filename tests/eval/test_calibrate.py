@@ -169,6 +169,7 @@ def test_the_command_line_writes_a_file_that_serving_takes(
     assert sorted(evidence["kl_of_each_layer_sparse_alone"]) == list(range(30))
     assert all(value >= 0 for value in evidence["kl_of_each_layer_sparse_alone"].values())
     worst = max(evidence["kl_of_each_layer_sparse_alone"], key=evidence["kl_of_each_layer_sparse_alone"].get)
+    assert evidence["policy"]["page_summary"] == "key_codes"  # what "auto" became
     candidates = evidence["candidates_at_equal_bytes"]
     assert [len(row["dense_layers"]) for row in candidates] == [0, 1, 2]
     assert candidates[1]["dense_layers"] == [worst]

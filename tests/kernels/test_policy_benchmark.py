@@ -18,7 +18,7 @@ import policy_texts
 import shared_prefix_ops
 
 from quest_vllm.ops import reference
-from quest_vllm.policies import BoundPolicy, DecodeStep, HeavyHitterPolicy, WindowPolicy
+from quest_vllm.policies import BoundPolicy, DecodeStep, HeavyHitterPolicy, KeyCodesPolicy, WindowPolicy
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,32 @@ def test_scores_of_rows_that_share_a_prefix_are_the_references(page_summary: str
         for score in (shared_prefix_ops.score_pages, reference.score_pages)
     )
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_no_operation_of_a_policy_leaves_its_device() -> None:
+    """On the meta device, which takes part in no mixed operation, as a GPU takes part in none."""
+    rows, blocks, heads, dim = 4, 2, 2, 64
+    caches = torch.zeros(blocks + rows, heads, 64, dim, device="meta")
+    ops = shared_prefix_ops.shared_prefix_ops()
+    step = DecodeStep(
+        query=torch.zeros(rows, 3 * heads, dim, device="meta"),
+        key_cache=caches,
+        summaries=torch.zeros(blocks + rows, heads, 4, 2, dim, device="meta"),
+        block_table=torch.zeros(rows, blocks + 1, dtype=torch.int32, device="meta"),
+        seq_lens=torch.zeros(rows, dtype=torch.int32, device="meta"),
+        page_budgets=torch.zeros(rows, dtype=torch.int32, device="meta"),
+        max_page_budget=8,
+        page_size=16,
+        scale=0.1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix_ops, "count_prefixes", lambda table: 1)  # reads a value, and there is none
+        for policy in (BoundPolicy(ops, "mass", 0.5, top_p=0.9), KeyCodesPolicy(ops, "mass"), WindowPolicy(ops)):
+            selected = policy.choose(step)
+            assert selected.device.type == "meta" and selected.shape == (rows, heads, 8)
+            assert hf_reference.as_mask(step, selected).device.type == "meta"
+    assert hf_reference.in_window(step, 5).device.type == hf_reference.every_page(step).device.type == "meta"
+    assert hf_reference.attention_received(step.query, step.query, 0.1).device.type == "meta"
 
 
 def test_rows_that_do_not_fit_are_refused(prefix: hf_reference.Prefix) -> None:
