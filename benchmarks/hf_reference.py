@@ -4,15 +4,20 @@ A prefix is prefilled densely, by transformers. Then every token of one or more 
 in one forward pass: each token is a request of its own, whose cache holds the prefix and its continuation up to itself,
 with keys and values as the policy under test made them. Requests share the prefix's blocks and own their last one, so
 every summary is what it would have been at that step. It equals token-by-token decoding, at a short prefill's price.
+
+On a CPU the operations are those that serve there. On a GPU they are the PyTorch ones of :mod:`shared_prefix_ops`,
+and pages are attended to under a mask: float32 works, and rows are not gathered one by one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared_prefix_ops import shared_prefix_ops
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,9 +34,10 @@ CHUNK = 256  # queries whose attention weights are held at once
 
 @dataclass(frozen=True)
 class Prefix:
-    """A densely prefilled text and room for ``max_rows`` decode rows, in one paged cache for all layers.
+    """Densely prefilled texts of one length and room for ``max_rows`` decode rows, in one paged cache for all layers.
 
-    Layer i owns blocks ``i * length / BLOCK`` on; the last ``max_rows`` blocks serve the rows of whichever layer runs.
+    Layer i's blocks of text n begin at ``(i * texts + n) * length / BLOCK``; the last ``max_rows`` blocks serve the
+    rows of whichever layer runs.
     """
 
     length: int  # tokens, a multiple of BLOCK
@@ -40,10 +46,11 @@ class Prefix:
     values: torch.Tensor
     summaries: dict[tuple[int, str], torch.Tensor]  # by page size and page_summary, made when first needed
     attended: dict[int, torch.Tensor]  # by layer, [num_kv_heads, length] float32: see DecodeStep.attended
+    texts: int = 1
 
     @property
     def blocks(self) -> int:
-        """Blocks of the text in one layer."""
+        """Blocks of a text in one layer."""
         return self.length // BLOCK
 
 
@@ -74,22 +81,39 @@ class Run:
         return getattr(self.policy, "page_summary", "min_max")
 
 
-class ReferenceModel:
-    """SmolLM2 or another Llama-like model on the CPU, its weights and cache in ``dtype``, its logits in float32."""
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one decode pass shares."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    prefix: Prefix
+    rows: Rows
+    run: Run
+    block_table: torch.Tensor  # [rows, blocks + 1] int32: its text's of layer 0, and its own
+    seq_lens: torch.Tensor  # [rows] int32
+    page_budgets: torch.Tensor  # [rows] int32
+    max_page_budget: int
+
+
+class ReferenceModel:
+    """SmolLM2 or another Llama-like model, its weights and cache in ``dtype`` on ``device``, its logits in float32."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.device = torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(self.device)
         self.dtype = dtype
         head = self.model.lm_head
         head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        self.ops: Ops = load_ops("auto", "cpu", "rows")
-        self._state: tuple[Prefix, Rows, Run] | None = None
-        self._attended: dict[int, torch.Tensor] = {}
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, self._attend)
-        ALL_ATTENTION_FUNCTIONS.register(PREFILL, self._prefill_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFILL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self.masked = self.device.type != "cpu"  # attend under a mask, not to gathered pages
+        self.ops: Ops = shared_prefix_ops() if self.masked else load_ops("auto", "cpu", "rows")
+        self._pass: Pass | None = None
+        self._attended: dict[int, torch.Tensor] | None = None
+        # transformers keeps them by name for all models
+        self._attention, self._prefilling = f"{ATTENTION}_{id(self)}", f"{PREFILL}_{id(self)}"
+        ALL_ATTENTION_FUNCTIONS.register(self._attention, self._attend)
+        ALL_ATTENTION_FUNCTIONS.register(self._prefilling, self._prefill_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self._prefilling, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,20 +133,29 @@ class ReferenceModel:
 
         ``keep_attended`` also sums up what every token was attended to, at several times the price.
         """
-        if len(tokens) % BLOCK:
-            raise ValueError(f"expected a multiple of {BLOCK} tokens, got {len(tokens)}")
-        self.model.set_attn_implementation(PREFILL if keep_attended else "sdpa")
-        self._attended = {}
-        layers = self.model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1).past_key_values.layers
-        heads, dim, length = layers[0].keys.shape[1], layers[0].keys.shape[3], len(tokens)
-        per_layer = length // BLOCK
+        return self.prefill_texts([tokens], max_rows, keep_attended)
+
+    @torch.inference_mode()
+    def prefill_texts(self, texts: list[list[int]], max_rows: int, keep_attended: bool = False) -> Prefix:
+        """Prefill ``texts`` of one length together; ``max_rows`` is of all. See :meth:`prefill`."""
+        length = len(texts[0])
+        if length % BLOCK or any(len(tokens) != length for tokens in texts):
+            raise ValueError(f"expected a multiple of {BLOCK} tokens, got {[len(tokens) for tokens in texts]}")
+        if keep_attended and len(texts) > 1:
+            raise ValueError(f"expected one text where attention is kept, got {len(texts)}")
+        self.model.set_attn_implementation(self._prefilling if keep_attended or self.masked else "sdpa")
+        self._attended = {} if keep_attended else None
+        inputs = torch.tensor(texts, device=self.device)
+        layers = self.model(inputs, use_cache=True, logits_to_keep=1).past_key_values.layers
+        heads, dim = layers[0].keys.shape[1], layers[0].keys.shape[3]
+        per_layer = length // BLOCK * len(texts)
         shape = (len(layers) * per_layer + max_rows, heads, BLOCK, dim)
-        keys, values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+        keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for index, layer in enumerate(layers):
             own = slice(index * per_layer, (index + 1) * per_layer)
-            for cache, kept in ((keys, layer.keys[0]), (values, layer.values[0])):
-                cache[own] = blocks_of(kept, length)
-        return Prefix(length, max_rows, keys, values, {}, self._attended)
+            for cache, kept in ((keys, layer.keys), (values, layer.values)):
+                cache[own] = torch.cat([blocks_of(text, length) for text in kept])
+        return Prefix(length, max_rows, keys, values, {}, self._attended or {}, len(texts))
 
     def _prefill_attention(
         self,
@@ -133,10 +166,16 @@ class ReferenceModel:
         attention_mask: torch.Tensor | None,
         **settings: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' own attention, after its weights have been added up where pages are chosen."""
-        if window_of(module) is None:
-            scaling = settings.get("scaling") or query.shape[-1] ** -0.5
+        """transformers' own attention, its weights added up where pages are chosen and that is asked."""
+        scaling = settings.get("scaling") or query.shape[-1] ** -0.5
+        if self._attended is not None and window_of(module) is None:
             self._attended[module.layer_idx] = attention_received(query[0], key[0], scaling)
+        if attention_mask is None and query.is_cuda and query.dtype == torch.float32:
+            # the kernel that is fast in float32 takes no grouped heads: transformers would fall back to a plain product
+            group = query.shape[1] // key.shape[1]
+            repeated = (side.repeat_interleave(group, dim=1) for side in (key, value))
+            out = torch.nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=True, scale=scaling)
+            return out.transpose(1, 2).contiguous(), None
         attended: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, **settings
         )
@@ -149,10 +188,10 @@ class ReferenceModel:
             blocks, heads, _, dim = prefix.keys.shape
             shape = (blocks, heads, BLOCK // run.page_size, 2, dim)
             if run.page_summary == NO_SUMMARY:
-                prefix.summaries[kind] = torch.zeros((), dtype=self.dtype).expand(shape)
+                prefix.summaries[kind] = prefix.keys.new_zeros(()).expand(shape)
                 return prefix.summaries[kind]
-            made = torch.zeros(shape, dtype=self.dtype)
-            slots = torch.arange((blocks - prefix.max_rows) * BLOCK)
+            made = prefix.keys.new_zeros(shape)
+            slots = torch.arange((blocks - prefix.max_rows) * BLOCK, device=self.device)
             self.ops.update_page_summaries(
                 prefix.keys, made, slots, page_size=run.page_size, page_summary=run.page_summary
             )
@@ -160,14 +199,21 @@ class ReferenceModel:
         return prefix.summaries[kind]
 
     @torch.inference_mode()
-    def decode(self, prefix: Prefix, continuations: list[list[int]], run: Run) -> list[torch.Tensor]:
-        """Logits ``[tokens, vocabulary]`` float32 after each token of each continuation of the prefix."""
-        self.model.set_attn_implementation(ATTENTION)
-        rows = lay_out(prefix, [len(tokens) for tokens in continuations])
-        self._state = (prefix, rows, run)
-        flat = torch.tensor([[token for tokens in continuations for token in tokens]])
-        logits = self.model(flat, position_ids=(prefix.length + rows.offset)[None], use_cache=False).logits[0]
-        return list(logits.split([len(tokens) for tokens in continuations]))
+    def decode(
+        self, prefix: Prefix, continuations: list[list[int]], run: Run, budgets: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Logits ``[tokens, vocabulary]`` float32 after each token of each continuation of the prefix.
+
+        With several texts, the continuations of each follow one another, as many rows of each. ``budgets``, one a
+        continuation and in tokens, stand in for ``run.token_budget``.
+        """
+        self.model.set_attn_implementation(self._attention)
+        lengths = [len(tokens) for tokens in continuations]
+        self._pass = begin_pass(prefix, lengths, run, budgets or [run.token_budget] * len(lengths))
+        flat = torch.tensor([[token for tokens in continuations for token in tokens]], device=self.device)
+        positions = (prefix.length + self._pass.rows.offset)[None]
+        logits = self.model(flat, position_ids=positions, use_cache=False).logits[0]
+        return list(logits.split(lengths))
 
     def _attend(
         self,
@@ -180,19 +226,17 @@ class ReferenceModel:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface: ``query [1, num_q_heads, rows, head_dim]``, keys and values alike."""
-        if self._state is None:
+        if self._pass is None:
             raise RuntimeError("decode() alone may call this attention")
-        prefix, rows, run = self._state
-        self._write(prefix, rows, key[0].transpose(0, 1), value[0].transpose(0, 1), run)
-        step = decode_step(prefix, module.layer_idx, rows, query[0].transpose(0, 1).contiguous(), run, scaling)
+        prefix, run = self._pass.prefix, self._pass.run
+        self._write(prefix, self._pass.rows, key[0].transpose(0, 1), value[0].transpose(0, 1), run)
+        step = decode_step(self._pass, module.layer_idx, query[0].transpose(0, 1).contiguous(), scaling)
         window = window_of(module)
-        if window is not None:
-            return attend_to_tokens(step, prefix.values, in_window(step, window))[None], None
-        policy = None if module.layer_idx in run.dense_layers else run.policy
+        policy = None if window is not None or module.layer_idx in run.dense_layers else run.policy
         if policy is None:
-            return attend_to_tokens(step, prefix.values, in_window(step, None))[None], None
+            return attend_to_tokens(step, prefix.values, in_window(step, window))[None], None
         selected = policy.choose(step)
-        if run.page_size == 1:  # the operations want whole pages of sixteen
+        if self.masked or run.page_size == 1:  # the operations want whole pages of sixteen
             return attend_to_tokens(step, prefix.values, as_mask(step, selected))[None], None
         cached = (step.query, step.key_cache, prefix.values, step.block_table, step.seq_lens, selected)
         attended = self.ops.sparse_paged_attention(*cached, page_size=run.page_size, scale=scaling)
@@ -231,12 +275,13 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, scaling: float) -
     ``query`` is ``[num_q_heads, tokens, head_dim]``, ``key`` ``[num_kv_heads, tokens, head_dim]``.
     """
     heads, tokens, dim = key.shape
-    received = torch.zeros(heads, tokens)
+    received = torch.zeros(heads, tokens, device=key.device)
     grouped = query.view(heads, -1, tokens, dim)
     for start in range(0, tokens, CHUNK):
         end = min(start + CHUNK, tokens)
         logits = torch.einsum("hgqd,htd->hgqt", grouped[:, :, start:end], key[:, :end]).float() * scaling
-        later = torch.arange(end) > torch.arange(start, end)[:, None]
+        order = torch.arange(end, device=key.device)
+        later = order > order[start:, None]
         received[:, :end] += logits.masked_fill(later, float("-inf")).softmax(-1).sum(dim=(1, 2))
     return received
 
@@ -251,27 +296,45 @@ def lay_out(prefix: Prefix, lengths: list[int]) -> Rows:
     own = [len(prefix.keys) - prefix.max_rows + row for row in range(len(offsets))]
     slots = [block * BLOCK + i for block, offset in zip(own, offsets, strict=True) for i in range(offset + 1)]
     sources = [first + i for first, offset in zip(firsts, offsets, strict=True) for i in range(offset + 1)]
-    return Rows(*(torch.tensor(values) for values in (offsets, own, slots, sources)))
+    device = prefix.keys.device
+    return Rows(*(torch.tensor(values, device=device) for values in (offsets, own, slots, sources)))
 
 
-def decode_step(prefix: Prefix, layer: int, rows: Rows, query: torch.Tensor, run: Run, scale: float) -> DecodeStep:
-    """What a policy sees of one layer."""
-    count = len(rows.offset)
-    table = layer * prefix.blocks + torch.arange(prefix.blocks + 1).repeat(count, 1)
+def begin_pass(prefix: Prefix, lengths: list[int], run: Run, budgets: Sequence[int]) -> Pass:
+    """A pass over continuations of ``lengths`` tokens at ``budgets`` tokens each."""
+    rows = lay_out(prefix, lengths)
+    device, count = prefix.keys.device, len(rows.offset)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    if count % prefix.texts or not set(range(count // prefix.texts, count + 1, count // prefix.texts)) <= set(ends):
+        raise ValueError(f"expected as many rows of each of {prefix.texts} texts, got {lengths}")
+    table = torch.arange(prefix.blocks + 1, device=device, dtype=torch.int32).repeat(count, 1)
+    table += torch.arange(prefix.texts, device=device).repeat_interleave(count // prefix.texts)[:, None] * prefix.blocks
     table[:, -1] = rows.own_block
-    budget = -(-run.token_budget // run.page_size)
+    pages = [
+        -(-budget // run.page_size) for budget, length in zip(budgets, lengths, strict=True) for _ in range(length)
+    ]
+    seq_lens = (prefix.length + rows.offset + 1).int()
+    return Pass(prefix, rows, run, table, seq_lens, torch.tensor(pages, dtype=torch.int32, device=device), max(pages))
+
+
+def decode_step(now: Pass, layer: int, query: torch.Tensor, scale: float) -> DecodeStep:
+    """What a policy sees of one layer."""
+    prefix, run = now.prefix, now.run
+    table = now.block_table + layer * prefix.texts * prefix.blocks
+    table[:, -1] = now.block_table[:, -1]
     return DecodeStep(
         query=query,
         key_cache=prefix.keys,
         summaries=prefix.summaries[run.page_size, run.page_summary],
-        block_table=table.int(),
-        seq_lens=(prefix.length + rows.offset + 1).int(),
-        page_budgets=torch.full((count,), budget, dtype=torch.int32),
-        max_page_budget=budget,
+        block_table=table,
+        seq_lens=now.seq_lens,
+        page_budgets=now.page_budgets,
+        max_page_budget=now.max_page_budget,
         page_size=run.page_size,
         scale=scale,
         sink_pages=run.sink_pages,
         recent_pages=run.recent_pages,
+        prefixes=prefix.texts,
         attended=prefix.attended.get(layer),
     )
 
@@ -279,35 +342,39 @@ def decode_step(prefix: Prefix, layer: int, rows: Rows, query: torch.Tensor, run
 def every_page(step: DecodeStep) -> torch.Tensor:
     """A selection of all pages, ``[num_reqs, num_kv_heads, max_pages]``."""
     pages = step.block_table.shape[1] * step.key_cache.shape[2] // step.page_size
-    index = torch.arange(pages, dtype=torch.int32).expand(len(step.seq_lens), step.key_cache.shape[1], pages)
+    every = torch.arange(pages, dtype=torch.int32, device=step.seq_lens.device)
+    index = every.expand(len(step.seq_lens), step.key_cache.shape[1], pages)
     return torch.where(index * step.page_size < step.seq_lens[:, None, None], index, -1)
 
 
 def in_window(step: DecodeStep, window: int | None) -> torch.Tensor:
     """``[rows, 1, tokens]`` bool: the newest ``window`` tokens of each row; None: all of them."""
-    tokens = torch.arange(step.block_table.shape[1] * step.key_cache.shape[2])
+    tokens = torch.arange(step.block_table.shape[1] * step.key_cache.shape[2], device=step.seq_lens.device)
     lengths = step.seq_lens[:, None]
     return ((tokens < lengths) & (tokens >= lengths - (window or tokens.numel())))[:, None]
 
 
 def as_mask(step: DecodeStep, selected: torch.Tensor) -> torch.Tensor:
-    """A selection of pages of one token, ``[rows, num_kv_heads, budget]``, as ``[rows, num_kv_heads, tokens]`` bool."""
-    tokens = step.block_table.shape[1] * step.key_cache.shape[2]
-    mask = torch.zeros(*selected.shape[:2], tokens + 1, dtype=torch.bool)
-    mask.scatter_(2, torch.where(selected < 0, tokens, selected).long(), True)
-    return mask[..., :tokens]
+    """A selection ``[rows, num_select_heads, budget]`` of pages as ``[rows, num_select_heads, tokens]`` bool."""
+    pages = step.block_table.shape[1] * step.key_cache.shape[2] // step.page_size
+    mask = torch.zeros(*selected.shape[:2], pages + 1, dtype=torch.bool, device=selected.device)
+    mask.scatter_(2, torch.where(selected < 0, pages, selected).long(), True)
+    return mask[..., :pages].repeat_interleave(step.page_size, dim=2)
 
 
 def attend_to_tokens(step: DecodeStep, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Attention of each row to the tokens ``kept [rows, num_kv_heads or 1, tokens]``: the query's shape and dtype.
+    """Attention of each row to the tokens ``kept [rows, heads, tokens]``: the query's shape and dtype.
 
-    The prefix's values are multiplied once for all rows, which share all but their last block.
+    ``heads`` is 1, or ``num_kv_heads``, or ``num_q_heads`` where they differ in a group.
+    A prefix's values are multiplied once for all its rows, which share all but their last block.
     """
-    weights = token_logits(step).masked_fill(~kept[:, :, None], float("-inf")).softmax(-1)
-    block = step.key_cache.shape[2]
-    shared, own = step.block_table[0, :-1].long(), step.block_table[:, -1].long()
-    prefix = values[shared].transpose(0, 1).flatten(1, 2).float()  # [num_kv_heads, prefix tokens, head_dim]
-    out = torch.einsum("rhgt,htd->rhgd", weights[..., :-block], prefix)
+    num_kv_heads, block = step.key_cache.shape[1:3]
+    by_group = kept.unflatten(1, (min(num_kv_heads, kept.shape[1]), -1))
+    weights = token_logits(step).masked_fill(~by_group, float("-inf")).softmax(-1)
+    by_prefix = (step.prefixes, len(weights) // step.prefixes)
+    shared, own = step.block_table[:: by_prefix[1], :-1].long(), step.block_table[:, -1].long()
+    prefix = values[shared].transpose(1, 2).flatten(2, 3).float()  # [prefixes, num_kv_heads, prefix tokens, head_dim]
+    out = torch.einsum("prhgt,phtd->prhgd", weights[..., :-block].unflatten(0, by_prefix), prefix).flatten(0, 1)
     out = out + torch.einsum("rhgt,rhtd->rhgd", weights[..., -block:], values[own].float())
     return out.flatten(1, 2).to(step.query.dtype)
 

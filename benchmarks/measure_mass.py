@@ -25,9 +25,9 @@ from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.ops.api import Ops
-from quest_vllm.ops.reference import mass_scale_of, num_pages
+from quest_vllm.ops.reference import group_mass, mass_scale_of, num_pages
 from quest_vllm.policies import BoundPolicy, DecodeStep
-from quest_vllm.policies.oracle import page_mass
+from quest_vllm.policies.oracle import page_logits
 
 CONTEXT, ROWS = 4096, 64
 TOP_PS = (0.8, 0.9, 0.95, 0.98)
@@ -60,10 +60,7 @@ class Recorder:
     def _record(self, step: DecodeStep) -> None:
         pages = num_pages(step.seq_lens, step.page_size)
         width = int(pages.max())
-        heads = step.key_cache.shape[1]
-        exact = torch.zeros(len(pages), heads, width)
-        for row, count in enumerate(pages.tolist()):
-            exact[row, :, :count] = page_mass(step, row, torch.arange(count).expand(heads, count)).softmax(-1)
+        exact = group_mass(page_logits(step))[..., :width].softmax(-1)
         index = torch.arange(width)
         forced = (index < step.sink_pages) | (index >= pages[:, None] - step.recent_pages)
         for reduction in REDUCTIONS:
@@ -118,7 +115,7 @@ def main() -> None:
     chosen = chosen[:: max(1, len(chosen) // arguments.texts)][: arguments.texts]
     recorder = Recorder(model.ops, arguments.layer_step)
     for text in chosen:
-        model.decode(model.prefill(text.prefix, ROWS, (16,)), [text.rows], Run(recorder))
+        model.decode(model.prefill(text.prefix, ROWS), [text.rows], Run(recorder))
         print(text.name, flush=True)
     results = [result(key, found) for key, found in recorder.found.items()]
     document = {

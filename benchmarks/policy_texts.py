@@ -16,6 +16,7 @@ Encode = Callable[[str], list[int]]
 
 OPTICKS = ("tvm_ffi", "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt")
 """Newton's Opticks, 560 KB of running prose; the package comes with vLLM."""
+CHARACTERS = 6  # of a token, at most, on average over a text
 NAMES = "Alice Bruno Clara David Elena Felix Greta Henry Irene Jacob Karla Louis Maria Nolan Olive Peter".split()
 
 
@@ -54,10 +55,34 @@ def sources() -> list[tuple[str, str, int]]:
     return [*places, ("idle-news", news, 0)]
 
 
-def texts(encode: Encode, length: int, rows: int, start: Sequence[int] = ()) -> list[Text]:
-    """Every source as ``length`` prefix tokens, the first of them ``start``, and ``rows`` more."""
+def places(count: int, tokens: int) -> list[tuple[str, str, int]]:
+    """``count`` texts of ``tokens`` tokens, evenly spread over Opticks and the manual; as :func:`sources`.
+
+    They overlap where there are many, but no two begin within the same 1,000 characters: raises ``ValueError``.
+    """
     found = []
-    for name, whole, place in sources():
+    wanted = {
+        "opticks": (package_file(*OPTICKS), 40_000, -(-count // 2)),
+        "python-manual": (python_manual(), 0, count // 2),
+    }
+    for name, (whole, first, share) in wanted.items():
+        apart = (len(whole) - CHARACTERS * tokens - first) // max(share, 1)
+        if apart < 1000:
+            raise ValueError(f"{name}: {share} texts of {tokens} tokens would begin {apart} characters apart")
+        found += [(name, whole, first + apart * number) for number in range(share)]
+    return found
+
+
+def texts(
+    encode: Encode,
+    length: int,
+    rows: int,
+    start: Sequence[int] = (),
+    where: Sequence[tuple[str, str, int]] | None = None,
+) -> list[Text]:
+    """Every source, or ``where``, as ``length`` prefix tokens, the first of them ``start``, and ``rows`` more."""
+    found = []
+    for name, whole, place in sources() if where is None else where:
         part = whole[place : place + 8 * (length + rows)]
         tokens = [*start, *encode(part)]
         if len(tokens) < length + rows:
@@ -86,7 +111,9 @@ def needles(
     names = rng.sample(NAMES, count)
     values = ["".join(rng.choice("123456789") for _ in range(digits)) for _ in names]
     hidden = [encode(f" The secret number of {n} is {v}. ") for n, v in zip(names, values, strict=True)]
-    prose = encode(package_file(*OPTICKS)[rng.randrange(40_000, 480_000) :][: 8 * length])
+    opticks = package_file(*OPTICKS)
+    last = min(480_000, len(opticks) - CHARACTERS * length)
+    prose = encode(opticks[rng.randrange(40_000, last) :][: 8 * length])
     head = [*start, *encode("Remember the secret numbers in the following text.\n\n")]
     room = length - len(head) - sum(map(len, hidden))
     places = sorted(rng.sample(range(64, room - 256), count))

@@ -15,8 +15,10 @@ NO_SUMMARY = "none"
 class DecodeStep:
     """One layer's decode step; shapes as in :mod:`quest_vllm.ops.reference`, keys as rows.
 
-    ``page_budgets`` counts the forced ``sink_pages`` and ``recent_pages``. ``attended`` is there for policies that
-    remember: how much attention the queries of the first tokens gave each of them, summed over a group.
+    ``page_budgets`` counts the forced ``sink_pages`` and ``recent_pages``. Rows may be of several ``prefixes``, as many
+    of each and one after the other: blocks that all rows of a prefix share may then be read once. ``attended`` is there
+    for policies that remember: how much attention the queries of the first tokens gave each of them, summed over a
+    group.
     """
 
     query: torch.Tensor  # [num_reqs, num_q_heads, head_dim]
@@ -30,6 +32,7 @@ class DecodeStep:
     scale: float
     sink_pages: int = 1
     recent_pages: int = 2
+    prefixes: int = 1
     attended: torch.Tensor | None = None  # [num_kv_heads, prefilled tokens] float32
 
 

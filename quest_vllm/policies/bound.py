@@ -53,7 +53,8 @@ def select(
     ops: Ops, page_scores: torch.Tensor, step: DecodeStep, top_p: float = 1.0, mass_scale: float = 1.0
 ) -> torch.Tensor:
     """The step's budgets and forced pages, and one ``top_p`` for all rows, applied to ``page_scores``."""
-    adaptive = {"top_p": torch.full(step.seq_lens.shape, top_p), "mass_scale": mass_scale} if top_p < 1 else {}
+    shares = torch.full(step.seq_lens.shape, top_p, device=step.seq_lens.device)
+    adaptive = {"top_p": shares, "mass_scale": mass_scale} if top_p < 1 else {}
     return ops.select_pages(
         page_scores,
         step.seq_lens,

@@ -23,6 +23,7 @@ class HeavyHitterPolicy:
     """
 
     page_summary: ClassVar[str] = NO_SUMMARY
+    one_budget: ClassVar[bool] = True  # rows of a step cannot have different ones
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`. Raises ``ValueError`` without ``step.attended``."""
@@ -31,7 +32,7 @@ class HeavyHitterPolicy:
         budget, size = step.max_page_budget, step.page_size
         logits = token_logits(step)  # [rows, num_kv_heads, group, tokens]
         pages, prefilled = logits.shape[-1] // size, step.attended.shape[1] // size
-        selected = torch.full((*logits.shape[:2], budget), -1, dtype=torch.int32)
+        selected = torch.full((*logits.shape[:2], budget), -1, dtype=torch.int32, device=logits.device)
         found = continuations(step.seq_lens)
         received = by_page(step.attended, size, pages).repeat(len(found), 1, 1)  # [continuations, num_kv_heads, pages]
         kept = torch.zeros_like(received, dtype=torch.bool)
@@ -71,7 +72,7 @@ def strongest(received: torch.Tensor, kept: torch.Tensor, count: int, budget: in
     """Of ``kept [..., pages]``: as many of the newest of ``count`` as half of ``budget``, then the most attended."""
     if count <= budget:
         return kept
-    newest = torch.arange(kept.shape[-1]) >= count - (budget - budget // 2)
+    newest = torch.arange(kept.shape[-1], device=kept.device) >= count - (budget - budget // 2)
     worth = received.masked_fill(~kept, -1.0).masked_fill(newest & kept, float("inf"))
     best = worth.topk(budget, dim=-1).indices
     return torch.zeros_like(kept).scatter_(-1, best, True) & kept

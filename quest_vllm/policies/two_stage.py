@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quest_vllm.ops.reference import group_mass
 from quest_vllm.policies.base import DecodeStep
 from quest_vllm.policies.bound import BoundPolicy, select
-from quest_vllm.policies.oracle import page_mass
+from quest_vllm.policies.key_codes import KeyCodesPolicy
+from quest_vllm.policies.oracle import page_logits
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,17 @@ class TwoStagePolicy:
     so compare it at equal bytes.
     """
 
-    first: BoundPolicy
+    first: BoundPolicy | KeyCodesPolicy
     shortlist: float = 4.0
 
     def __post_init__(self) -> None:
         if not self.shortlist >= 1:
             raise ValueError(f"shortlist: expected 1 or more times the budget, got {self.shortlist!r}")
+
+    @property
+    def page_summary(self) -> str:
+        """What the first stage reads of every page."""
+        return getattr(self.first, "page_summary", "min_max")
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
@@ -34,13 +41,10 @@ class TwoStagePolicy:
         budgets = (step.page_budgets * self.shortlist).ceil().clamp(max=max_pages).int()
         wide = replace(step, page_budgets=budgets, max_page_budget=int(budgets.max()) if len(budgets) else 0)
         listed = self.first.choose(wide).long()
-        scores = torch.full((*listed.shape[:2], max_pages + 1), float("-inf"), device=listed.device)
-        for row in range(len(listed)):
-            found = page_mass(step, row, listed[row])
-            scores[row].scatter_(
-                -1, torch.where(listed[row] < 0, max_pages, listed[row]), found
-            )  # padding: a last page
-        return select(self.first.ops, scores[..., :max_pages].contiguous(), step)
+        absent = torch.ones((*listed.shape[:2], max_pages + 1), dtype=torch.bool, device=listed.device)
+        absent.scatter_(-1, torch.where(listed < 0, max_pages, listed), False)  # padding: a last page
+        mass = group_mass(page_logits(step).masked_fill(absent[..., None, :max_pages], float("-inf")))
+        return select(self.first.ops, mass, step)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
         """See :class:`quest_vllm.policies.base.PagePolicy`: the keys of selected pages are read twice."""

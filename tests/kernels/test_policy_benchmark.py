@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import hf_reference
 import measure_policies
 import policy_texts
+import shared_prefix_ops
 
 from quest_vllm.ops import reference
 from quest_vllm.policies import BoundPolicy, DecodeStep, HeavyHitterPolicy, WindowPolicy
@@ -111,6 +112,92 @@ def test_each_row_sees_the_summaries_of_its_own_time(
         torch.testing.assert_close(alone[-1], together[length - 1], atol=1e-3, rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def masked_model(model_path: Path) -> hf_reference.ReferenceModel:
+    """What runs on a GPU, on the CPU."""
+    found = hf_reference.ReferenceModel(model_path)
+    found.masked, found.ops = True, shared_prefix_ops.shared_prefix_ops()
+    return found
+
+
+@pytest.mark.parametrize("sweep", ["gap", "characterise"])
+def test_what_runs_on_a_gpu_gives_what_the_served_operations_give(
+    model: hf_reference.ReferenceModel, masked_model: hf_reference.ReferenceModel, tokens: list[int], sweep: str
+) -> None:
+    text = policy_texts.Text("manual", "", tokens[:256], tokens[256:260])
+    found = []
+    for one in (model, masked_model):
+        task = measure_policies.TextTask(one, [text], 16, 2, True)
+        found.append(
+            [
+                values
+                for candidate in measure_policies.SWEEPS[sweep](one.ops, 16)
+                for run, budgets in measure_policies.passes(candidate, (96, 128))
+                for values in task.measure(run, tuple(map(candidate.spent, budgets)))
+            ]
+        )
+    assert len(found[0]) == 2 * len(measure_policies.SWEEPS[sweep](model.ops, 16))
+    for served, other in zip(*found, strict=True):
+        for metric in ("kl", "text_nll"):
+            assert served[metric] == pytest.approx(other[metric], abs=1e-4)
+
+
+def test_several_texts_and_budgets_in_one_pass_are_those_of_passes_of_their_own(
+    masked_model: hf_reference.ReferenceModel, tokens: list[int]
+) -> None:
+    texts = [policy_texts.Text("manual", "", tokens[i : i + 192], tokens[i + 192 : i + 200]) for i in (0, 100, 300)]
+    candidate = measure_policies.codes(masked_model.ops, "mass")
+    together = measure_policies.TextTask(masked_model, texts, 16, 2, False).measure(candidate.run(64), (64, 96))
+    for i, text in enumerate(texts):
+        alone = measure_policies.TextTask(masked_model, [text], 16, 1, False)
+        for values, budget in zip(together, (64, 96), strict=True):
+            (wanted,) = alone.measure(candidate.run(budget), (budget,))
+            assert {m: v[i] for m, v in values.items()} == pytest.approx({m: v[0] for m, v in wanted.items()}, abs=1e-4)
+    assert together[0]["kl"] != together[1]["kl"]
+
+
+def test_texts_without_as_many_rows_of_each_are_refused(
+    masked_model: hf_reference.ReferenceModel, tokens: list[int]
+) -> None:
+    prefix = masked_model.prefill_texts([tokens[:64], tokens[64:128]], 8)
+    with pytest.raises(ValueError, match=r"as many rows of each of 2 texts, got \[3, 2\]"):
+        masked_model.decode(prefix, [tokens[:3], tokens[:2]], hf_reference.Run(None))
+
+
+@pytest.mark.parametrize("page_summary", ["min_max", "key_codes"])
+@pytest.mark.parametrize("reduction", reference.GROUP_REDUCTIONS)
+def test_scores_of_rows_that_share_a_prefix_are_the_references(page_summary: str, reduction: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prefixes, rows, blocks, heads, dim = 2, 3, 2, 2, 64
+    total = prefixes * (blocks + rows)
+    keys = torch.randn(total, heads, 64, dim, generator=generator)
+    summaries = torch.zeros(total, heads, 4, 2, dim)
+    lengths = torch.tensor([129, 150, 192, 130, 144, 145]).int()
+    every = torch.arange(prefixes * blocks * 64)
+    last = [(prefixes * blocks + row) * 64 + i for row, n in enumerate(lengths.tolist()) for i in range(n - 128)]
+    slots = torch.cat([every, torch.tensor(last)])
+    reference.update_page_summaries(keys, summaries, slots, page_size=16, page_summary=page_summary)
+    table = torch.arange(prefixes * blocks).view(prefixes, blocks).repeat_interleave(rows, dim=0)
+    own = prefixes * blocks + torch.arange(prefixes * rows)
+    block_table = torch.cat([table, own[:, None]], dim=1).int()
+    query = torch.randn(prefixes * rows, 3 * heads, dim, generator=generator)
+    found, wanted = (
+        score(
+            query,
+            summaries,
+            block_table,
+            lengths,
+            page_size=16,
+            group_reduction=reduction,
+            bound_radius=0.5,
+            scale=0.125,
+            page_summary=page_summary,
+        )
+        for score in (shared_prefix_ops.score_pages, reference.score_pages)
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+
+
 def test_rows_that_do_not_fit_are_refused(prefix: hf_reference.Prefix) -> None:
     with pytest.raises(ValueError, match=r"expected up to 40 rows, 64 in a continuation, got \[30, 11\]"):
         hf_reference.lay_out(prefix, [30, 11])
@@ -134,6 +221,41 @@ def test_texts_have_the_stated_length_and_differ(model: hf_reference.ReferenceMo
     found = policy_texts.texts(model.encode, 512, 16)
     assert {(len(text.prefix), len(text.rows)) for text in found} == {(512, 16)}
     assert len({text.sha256 for text in found}) == len(found) == 12
+
+
+def test_many_places_are_as_many_texts_whose_decoded_tokens_do_not_overlap(model: hf_reference.ReferenceModel) -> None:
+    length, rows = 448, 32
+    found = policy_texts.texts(model.encode, length, rows, (), policy_texts.places(200, length + rows))
+    assert len(found) == len({text.name for text in found}) == len({text.sha256 for text in found}) == 200
+    starts: dict[str, list[int]] = {"opticks": [], "python-manual": []}
+    for text in found:
+        source, place = text.name.split("@")
+        starts[source].append(int(place) + len(model.tokenizer.decode(text.prefix)))
+        starts[source].append(int(place) + len(model.tokenizer.decode(text.prefix + text.rows)))
+    assert all(places == sorted(places) and len(places) == 200 for places in starts.values())
+    with pytest.raises(ValueError, match="opticks: 1000 texts of 4128 tokens would begin 502 characters apart"):
+        policy_texts.places(2000, 4128)
+
+
+def test_needles_of_a_long_prefix_find_enough_prose(model: hf_reference.ReferenceModel) -> None:
+    for seed in range(2):
+        assert len(policy_texts.needles(model.encode, 32_768, 8, seed)[0]) == 32_768
+
+
+def test_differences_to_dense_are_paired() -> None:
+    results = [
+        measure_policies.result("dense", 0, {"needle_nll": [1.0, 3.0]}),
+        measure_policies.result("default", 128, {"needle_nll": [1.5, 3.5], "kl": [0.1, 0.2]}),
+    ]
+    measure_policies.add_minus_dense(results)
+    assert results[1]["minus_dense"] == {"needle_nll": {"mean": 0.5, "low": 0.5, "high": 0.5}}
+    assert "minus_dense" not in results[0]
+
+
+def test_two_stages_with_half_the_pages_read_what_one_stage_reads(model: hf_reference.ReferenceModel) -> None:
+    sizes = {c.name: c.kv_bytes(256, 3, 9, 64) for c in measure_policies.gap_sweep(model.ops, 16)}
+    assert sizes["two-stage on codes 2x, half the pages"] == sizes["key codes, mass"] == sizes["original"]
+    assert sizes["two-stage on codes 2x"] - sizes["key codes, mass"] == 3 * 16 * 16 * 4 * 64
 
 
 def test_gap_closed_is_nothing_for_the_original_and_all_for_the_oracle() -> None:
