@@ -146,7 +146,8 @@ class Layers:
 
     def stage_shares(self, budgets: torch.Tensor, **options: Any) -> dict[str, float]:
         """Mean share of each stage in the time of the fused launch's CTAs."""
-        cluster = cuda.default_cluster_size(self.batch, KV_HEADS)
+        summary, mass = options.get("page_summary", "min_max"), options.get("group_reduction") == "mass"
+        cluster = cuda.default_cluster_size(self.batch, KV_HEADS, GROUP, DIM, self.blocks, summary, mass)
         marks = torch.zeros(self.batch, KV_HEADS, cluster, len(STAGES) + 1, dtype=torch.int64, device="cuda")
         for _ in range(3):
             self.quest(self.views[0], cuda, budgets, timeline=marks, **options)

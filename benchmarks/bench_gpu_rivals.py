@@ -269,14 +269,17 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float, names: lis
     case: dict[str, Any] = {"batch": batch, "context": context, "budget": budget, "layers": len(layers.views)}
     case["fa3"] = layers.time(layers.dense)
     case["quest"] = layers.time(lambda views: layers.quest(views, cuda, budgets))
+    layers.encode()
+    codes = {"page_summary": "key_codes", "group_reduction": "mass"}
+    case["quest_key_codes"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **codes))
     case["limit"] = bytes_read / bandwidth
     layers.views = layers.views[:1] * len(layers.views)  # rivals bring caches of their own
     case["rivals"] = {name: measure(RIVALS[name][1], layers, budget) for name in names}
-    case["quest_speedup"] = {"fa3": ratio(case["fa3"], case["quest"])} | {
-        name: ratio({way: found[way] for way in case["quest"]}, case["quest"])
-        for name, found in case["rivals"].items()
-        if "failed" not in found
-    }
+    others = {"fa3": case["fa3"]} | {name: found for name, found in case["rivals"].items() if "failed" not in found}
+    for ours in ("quest", "quest_key_codes"):
+        case[f"{ours}_speedup"] = {
+            name: ratio({way: found[way] for way in case[ours]}, case[ours]) for name, found in others.items()
+        }
     return case
 
 

@@ -184,7 +184,8 @@ def wait_for_memory() -> None:
     """Until the previous server's GPU memory is free again; its processes take a moment to go."""
     if not shutil.which("nvidia-smi"):
         return
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    own = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "-i", own, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     end = time.monotonic() + MEMORY_SECONDS
     while time.monotonic() < end:
         used = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -294,8 +295,11 @@ def merge(files: list[Path], output: Path | None) -> None:
     results.write()
 
 
-def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None) -> dict[str, Any]:
-    """Run a plan in a process group of its own and take up its reports as they come; all but the cases is returned."""
+def run_plan(plan: Plan, results: Results, limit: float, own: Sequence[int] | None = None) -> dict[str, Any]:
+    """Run a plan in a process group of its own and take up its reports as they come; all but the cases is returned.
+
+    ``own``: the GPUs that it sees; None: all.
+    """
     engine: dict[str, Any] = asdict(plan)
     results.engines.append(engine)
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +317,7 @@ def run_plan(plan: Plan, results: Results, limit: float, gpu: int | None = None)
         values = json.dumps(asdict(plan) | {"reports": str(reports)})
         begin = time.monotonic()
         command = [sys.executable, str(Path(__file__).resolve()), "--child", values]
-        variables = environment(plan.cuda) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        variables = environment(plan.cuda) | ({} if own is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))})
         status = run_group(command, variables, log, limit, watch)
         engine |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": status}
         print(f"ENGINE {plan.backend} on {plan.gpus}: exit {status} after {time.monotonic() - begin:.0f} s", flush=True)
@@ -341,9 +345,10 @@ def run_scaling(arguments: argparse.Namespace, results: Results) -> None:
     fewer = tuple(batch for batch in arguments.batches if batch <= 4) or tuple(arguments.batches[:1])
     for gpus in (2**power for power in range(10) if 2**power < arguments.gpus):
         both = plans(arguments, gpus, fewer)
-        places = [0, 1] if arguments.side_by_side and gpus == 1 else [None, None]
-        with ThreadPoolExecutor(2 if places[1] else 1) as pool:
-            list(pool.map(lambda plan, gpu: run_plan(plan, results, arguments.limit, gpu), both, places))
+        beside = arguments.side_by_side and 2 * gpus <= arguments.gpus
+        places = [range(gpus), range(gpus, 2 * gpus)] if beside else [None, None]
+        with ThreadPoolExecutor(2 if beside else 1) as pool:
+            list(pool.map(lambda plan, own: run_plan(plan, results, arguments.limit, own), both, places))
 
 
 def environment(cuda: bool) -> dict[str, str]:
@@ -403,7 +408,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
     parser.add_argument("--check", default="", help="only checks whose name has this in it, such as real")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
-    parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines of one GPU at once, on two")
+    parser.add_argument("--side-by-side", action="store_true", help="scaling: both engines at once, where GPUs suffice")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="leave all sums to NCCL")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 4 layers, 8K, batches 1 and 4")
     parser.add_argument("--limit", type=float, default=600, help="seconds an engine may take; its first start is slow")

@@ -97,6 +97,47 @@ def chain_lines(rows: str = "cases") -> list[str]:
     ]
 
 
+def serve_lines() -> list[str]:
+    """Throughput under ``vllm bench serve``."""
+    loaded = newest("h*/*-serve.json")
+    if loaded is None:
+        return []
+    document, path = loaded
+    lines = []
+    for shape, found in document["quest_over_stock"].items():
+        requests, tokens_in, tokens_out = map(int, shape.split("x"))
+        lines.append(
+            f"| Llama-3.1-8B shape served, {requests} requests of {size(tokens_in)} in and {tokens_out} out, budget "
+            f"{size(document['budget'])} | output tokens a second | FLASH_ATTN, {document['gpu']} | "
+            f"{found['output_throughput']:.2f}x (median time per output token {found['median_tpot_ms']:.2f}x, first "
+            f"token {found['median_ttft_ms']:.2f}x) | [json]({path}) |"
+        )
+    return lines
+
+
+RIVALS = {"amass": "amass-kv", "locks": "locks-kv", "flashinfer": "FlashInfer, dense"}
+
+
+def rival_lines() -> list[str]:
+    """Attention of one layer against other packages': the fastest variant of each."""
+    loaded = newest("h*/*-rivals.json")
+    if loaded is None:
+        return []
+    document, path = loaded
+    lines = []
+    for c in document["cases"]:
+        for prefix, name in RIVALS.items():
+            times = [f["in_graph"] for key, f in c["rivals"].items() if key.startswith(prefix) and "in_graph" in f]
+            if times:
+                ratios = [min(times) / c[ours]["in_graph"] for ours in ("quest", "quest_key_codes")]
+                lines.append(
+                    f"| one layer, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])} | fused CUDA launch, "
+                    f"among other layers | {name}, {document['gpu']} | {ratios[0]:.2f}x, key codes {ratios[1]:.2f}x | "
+                    f"[json]({path}) |"
+                )
+    return lines
+
+
 def cpu_lines() -> list[str]:
     """Attention of one layer, and a served model, on a CPU."""
     lines = []
@@ -131,7 +172,7 @@ def cpu_lines() -> list[str]:
 def main() -> None:
     """Replace what stands between the markers."""
     table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
-    table += [*engine_lines(), *tp_lines(), *chain_lines(), *cpu_lines()]
+    table += [*engine_lines(), *serve_lines(), *tp_lines(), *chain_lines(), *cpu_lines()]
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)

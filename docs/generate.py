@@ -224,7 +224,8 @@ def byte_table() -> str:
 def results_page() -> str:
     """docs/results.md: every line from a raw JSON file under benchmarks/results."""
     chains = [line for rows in ("cases", "dense_rows") for line in render_results.chain_lines(rows)]
-    lines = [*render_results.engine_lines(), *render_results.tp_lines(), *chains, *render_results.cpu_lines()]
+    models = [*render_results.engine_lines(), *render_results.serve_lines(), *render_results.tp_lines()]
+    lines = [*models, *chains, *render_results.rival_lines(), *render_results.cpu_lines()]
     rows, commands = [], {}
     for line in lines:
         match = re.search(r"\[json\]\((.+?)\)", line)

@@ -238,7 +238,7 @@ class PageAttention {
 
   // Joins the warps' results, and sends each of them to the CTA that finishes it: pairs of dims take turns.
   __device__ __forceinline__ void send(Shared& shared, const float* partial, float2* inbox) {
-    const int pairs = p_.rows * D / 2;
+    const int pairs = p_.rows * D / 2, share = row_.per_cta(pairs + row_.size - 1);
 #pragma unroll 1
     for (int i = threadIdx.x; i < pairs; i += kThreads) {
       const int head = i / (D / 2), pair = i % (D / 2);
@@ -258,18 +258,19 @@ class PageAttention {
         mass += weight * stats[w].y;
         sum = make_float2(sum.x + weight * part.x, sum.y + weight * part.y);
       }
-      const int owner = i & (row_.size - 1);
-      put(&inbox[(row_.rank * pairs + i) >> row_.shift], row_.peer(owner), sum);
+      const int turn = row_.per_cta(i), owner = i - turn * row_.size;
+      put(&inbox[row_.rank * share + turn], row_.peer(owner), sum);
       if (pair < row_.size) put(&shared.softmax_inbox[row_.rank][head], row_.peer(pair), make_float2(top, mass));
     }
   }
 
   __device__ __forceinline__ void receive(Shared& shared, const float2* inbox) {
-    const int pairs = p_.rows * D / 2, share = pairs >> row_.shift;
+    const int pairs = p_.rows * D / 2, share = row_.per_cta(pairs + row_.size - 1);
     T* out = static_cast<T*>(p_.out) + row_.req * p_.out_req_stride + row_.head * p_.rows * p_.out_head_stride;
 #pragma unroll 1
     for (int k = threadIdx.x; k < share; k += kThreads) {
-      const int i = (k << row_.shift) + row_.rank, head = i / (D / 2), pair = i % (D / 2);
+      const int i = k * row_.size + row_.rank, head = i / (D / 2), pair = i % (D / 2);
+      if (i >= pairs) break;
       float top = -INFINITY, mass = 0.f;
       float2 sum = make_float2(0.f, 0.f);
 #pragma unroll 8

@@ -39,8 +39,8 @@ class CodeEstimate {
       difference_[i] = Half<__half>::pack((first.x - second.x) * factor, (first.y - second.y) * factor);
     }
     const int last = row.total - 1;
-    if (row.page(last >> row.shift) == last) {
-      last_ = last >> row.shift;
+    if (row.page(row.per_cta(last)) == last) {
+      last_ = row.per_cta(last);
       last_tokens_ = row.seq_len - last * kTokens;
     }
   }

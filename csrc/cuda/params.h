@@ -38,6 +38,7 @@ struct DecodeParams {
   int32_t sink_pages, recent_pages;
   int32_t reduction, stages, page_summary;
   int32_t cluster_size;
+  uint32_t cluster_inverse;  // 2^31 over cluster_size, rounded up
   int32_t plane_pages;  // room for scores: of a CTA's pages in its shared memory, or of a row's in score_scratch
   float bound_radius, scale, softcap;
 };

@@ -38,10 +38,10 @@ __host__ __device__ constexpr int window_bytes(int rows) {
   return Staging<D>::kWarpBytes * kWarps > merge ? Staging<D>::kWarpBytes * kWarps : div_up(merge, 128) * 128;
 }
 
-// What peers send of their outputs.
+// What peers send of their outputs: each CTA's part of the pairs of dims is rounded up.
 template <int D>
 __host__ __device__ constexpr int inbox_bytes(int rows) {
-  return rows * D * static_cast<int>(sizeof(float));
+  return (rows * D / 2 + kMaxCluster) * static_cast<int>(sizeof(float2));
 }
 
 template <typename T, int D, int kHeadTiles, template <typename, int, int> class Estimate>
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   wait_for_previous_kernel();
   mark(p, 0);
   // the query and the first blocks are asked for before the row's length is known: the reads overlap
-  const Row guess = Row::guess();
+  const Row guess = Row::guess(p);
   QueryFragment<D, kHeadTiles> query;
   query.load(p, guess.req, guess.head);
   using Scorer = PageScorer<T, D, kHeadTiles, Estimate<T, D, kHeadTiles>>;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
   float* inbox = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
   float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + inbox_bytes<D>(p.rows));
-  const int share = (row.total >> row.shift) + 1;  // a CTA owns at most so many pages
+  const int share = row.per_cta(row.total) + 1;  // a CTA owns at most so many pages
   if (p.score_scratch != nullptr) {
     const int planes = p.reduction == kMass ? p.rows : 1;
     buffer = p.score_scratch + row_index * planes * p.plane_pages + row.rank * (div_up(share, 8) * 8);

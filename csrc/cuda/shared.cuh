@@ -35,26 +35,29 @@ struct Row {
   int seq_len, total;       // tokens; pages
   int take;                 // pages to attend to
   int first, last, ranked;  // pages [first, last) compete for `ranked` places; the others are forced
-  int rank, size, shift;    // this CTA in its row, and how many CTAs have work: 2^shift
+  int rank, size;           // this CTA in its row, and how many CTAs have work
+  uint32_t inverse;         // 2^31 over `size`, rounded up
   int turn;                 // the cluster's CTA that has rank 0: not always the cluster's first
   int count;                // pages that this CTA owns
   bool dense;               // the budget covers the context
 
   // What is known before the row's length is, as if all CTAs had work.
-  __device__ __forceinline__ static Row guess() {
+  __device__ __forceinline__ static Row guess(const DecodeParams& p) {
     Row row;
+    row.size = static_cast<int>(gridDim.x);
+    row.inverse = p.cluster_inverse;
     row.head = static_cast<int>(blockIdx.y);
     row.req = static_cast<int>(blockIdx.z);
     // clusters begin on the same few SMs: taking turns spreads those CTAs that stay
-    row.turn = static_cast<int>((blockIdx.y + blockIdx.z) & (gridDim.x - 1));
-    row.rank = static_cast<int>((blockIdx.x - row.turn) & (gridDim.x - 1));
-    row.size = static_cast<int>(gridDim.x);
-    row.shift = 31 - __clz(row.size);
+    const int place = static_cast<int>(blockIdx.y + blockIdx.z);
+    row.turn = place - row.per_cta(place) * row.size;
+    row.rank = static_cast<int>(blockIdx.x) - row.turn;
+    if (row.rank < 0) row.rank += row.size;
     return row;
   }
 
   __device__ __forceinline__ static Row make(const DecodeParams& p) {
-    Row row = guess();
+    Row row = guess(p);
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
@@ -71,20 +74,33 @@ struct Row {
     const int scored = row.dense ? 0 : row.total / 8;
     const int work = scored + (row.take << (p.page_shift - kTileShift));
     const int worth = max(1, div_up(work, kMinimumWork));
-    row.size = min(static_cast<int>(gridDim.x), 1 << (32 - __clz(worth - 1)));
-    row.shift = 31 - __clz(row.size);
-    row.count = (row.total >> row.shift) + (row.place_in(row.total >> row.shift) < (row.total & (row.size - 1)));
+    const int bits = 32 - __clz(worth - 1);
+    if (1 << bits < row.size) {
+      row.size = 1 << bits;
+      row.inverse = 1u << (31 - bits);
+    }
+    const int whole = row.per_cta(row.total);
+    row.count = whole + (row.place_in(whole) < row.total - whole * row.size);
     return row;
   }
 
-  // Which of the `size` pages from size * i on this CTA owns.
-  __device__ __forceinline__ int place_in(int i) const {
-    return (rank + static_cast<int>((static_cast<uint32_t>(i) * 0x9E3779B1u) >> 24)) & (size - 1);
+  // n / size, for n below 2^27.
+  __device__ __forceinline__ int per_cta(int n) const {
+    return static_cast<int>(__umulhi(2u * static_cast<uint32_t>(n), inverse));
   }
-  __device__ __forceinline__ int page(int i) const { return (i << shift) + place_in(i); }
+
+  // Which of the `size` pages from size * i on this CTA owns. The hash: i times the golden ratio, from its ninth bit on.
+  __device__ __forceinline__ int place_in(int i) const {
+    const int place = rank + static_cast<int>(__umulhi(static_cast<uint32_t>(i) * 0x3779B100u, size));
+    return place < size ? place : place - size;
+  }
+  __device__ __forceinline__ int page(int i) const { return i * size + place_in(i); }
 
   // The cluster's CTA that has `other` as its rank.
-  __device__ __forceinline__ int peer(int other) const { return (other + turn) & (static_cast<int>(gridDim.x) - 1); }
+  __device__ __forceinline__ int peer(int other) const {
+    const int place = other + turn, all = static_cast<int>(gridDim.x);
+    return place < all ? place : place - all;
+  }
 
   __device__ __forceinline__ bool competes(int page) const { return page >= first && page < last; }
 

@@ -35,6 +35,7 @@ ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
+LARGEST_CLUSTER = 8  # by default, and what every Hopper can do: larger ones of 16 warps did not all find their SMs
 
 
 @functools.cache
@@ -151,13 +152,13 @@ def _resident_clusters(
     """How many clusters of a launch the current GPU runs at a time: less than its SMs over the CTAs of a cluster."""
     params = DecodeParams(
         rows=rows,
-        cluster_size=cluster_size,
         plane_pages=plane_pages,
         num_reqs=1,
         num_select_heads=1,
         reduction=REDUCTIONS["max"],
         page_summary=page_summary,
     )
+    params.set_cluster(cluster_size)
     library, resident = load(head_dim, warps), ctypes.c_int()
     error = library.quest_resident_clusters(ctypes.byref(params), ctypes.byref(resident))
     if error:
@@ -165,49 +166,77 @@ def _resident_clusters(
     return resident.value
 
 
-def _default_warps(params: DecodeParams, shape: _Shape) -> int:
-    """16 warps a CTA read faster than 8, where all clusters find their SMs at once; else twice the CTAs do better."""
-    if shape.rows > 8 or 16 not in cuda_build.variants(shape.head_dim):
-        return 8
-    planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
-    pages = 0 if params.score_scratch else planes * params.plane_pages
-    clusters = shape.num_reqs * shape.num_select_heads
-    launch = (shape.head_dim, 16, shape.rows, params.cluster_size, pages, params.page_summary)
-    return 16 if clusters <= _resident_clusters(*launch) else 8
+def _shared_pages(shape: _Shape, planes: int, cluster_size: int, room: int) -> int:
+    """Pages of which a CTA keeps scores in shared memory: its part of the longest context; 0: ``room`` is too small."""
+    share = max(SMALLEST_SHARE, shape.max_pages // cluster_size + 1)
+    pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
+    return pages if 4 * planes * pages <= room else 0
 
 
-def _launch_decode(params: DecodeParams, shape: _Shape, query: torch.Tensor, warps: int | None = None) -> None:
-    """Launch with the scores where they fit."""
-    alone = shape.num_reqs * shape.num_select_heads * params.cluster_size <= NUM_SMS
-    # keeps the scratches alive until the launch is queued; the allocator reuses them in stream order
-    scratch = _size_scores(params, shape, ALL_SCORE_BYTES if alone else SHARED_SCORE_BYTES, query.device)
-    size = (shape.num_reqs, shape.num_select_heads, shape.max_pages + MAX_CLUSTER)
-    listed = torch.empty(size, dtype=torch.int32, device=query.device)
-    params.listed = listed.data_ptr()
-    _launch("quest_decode", shape.head_dim, params, query.dtype, warps or _default_warps(params, shape))
-    del scratch, listed
+@functools.cache
+def _plan(
+    shape: _Shape, planes: int, page_summary: int, cluster_size: int | None, warps: int | None
+) -> tuple[int, int, int]:
+    """Cluster size, warps of a CTA, and the pages of which it keeps scores in shared memory, where not all is given.
 
-
-def default_cluster_size(num_reqs: int, num_select_heads: int) -> int:
-    """CTAs of a (request, head)'s cluster: few rows share the GPU, many rows still take two each, so that a long one
-    has two. Measured on an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
+    16 warps a CTA read faster than 8 where all clusters find their SMs at once: then clusters are as large as that
+    allows. Else 8 warps, two CTAs an SM, and two CTAs even where one would do, so that a long row has two. Measured on
+    an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
     """
-    clusters = max(1, num_reqs * num_select_heads)
-    return next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
+    clusters = max(1, shape.num_reqs * shape.num_select_heads)
+
+    def together(size: int, count: int, pages: int) -> bool:
+        if clusters * size > NUM_SMS:
+            return False
+        launch = (shape.head_dim, count, shape.rows, size, planes * pages, page_summary)
+        return clusters <= _resident_clusters(*launch)
+
+    if warps != 8 and shape.rows <= 8 and 16 in cuda_build.variants(shape.head_dim):
+        for size in range(LARGEST_CLUSTER, 1, -1) if cluster_size is None else (cluster_size,):
+            pages = _shared_pages(shape, planes, size, ALL_SCORE_BYTES)
+            if warps == 16 or together(size, 16, pages):
+                return size, 16, pages
+    size = cluster_size or next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
+    pages = _shared_pages(shape, planes, size, ALL_SCORE_BYTES)
+    if not together(size, 8, pages):
+        pages = _shared_pages(shape, planes, size, SHARED_SCORE_BYTES)
+    return size, 8, pages
 
 
-def _size_scores(params: DecodeParams, shape: _Shape, room: int, device: torch.device) -> torch.Tensor | None:
-    """Keep a CTA's scores in its shared memory where those of the longest context fit ``room``, else in a scratch."""
+def default_cluster_size(
+    num_reqs: int, num_select_heads: int, rows: int, head_dim: int, max_pages: int, page_summary: str, mass: bool
+) -> int:
+    """CTAs of a (request, head)'s cluster in a fused launch that names none; ``rows`` query heads share a selection."""
+    shape = _Shape(num_reqs, num_select_heads, rows, head_dim, max_pages)
+    return _plan(shape, rows if mass else 1, PAGE_SUMMARIES[page_summary], None, None)[0]
+
+
+def _launch_decode(
+    params: DecodeParams,
+    shape: _Shape,
+    query: torch.Tensor,
+    cluster_size: int | None,
+    warps: int | None = None,
+    timeline: torch.Tensor | None = None,
+) -> None:
+    """Launch with the scores where they fit."""
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
-    share = max(SMALLEST_SHARE, shape.max_pages // params.cluster_size + 1)
-    params.plane_pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    if 4 * planes * params.plane_pages <= room:
-        return None
-    params.plane_pages = -(-shape.max_pages // 8) * 8 + 16 * MAX_CLUSTER  # each CTA's part is rounded up
-    size = (shape.num_reqs, shape.num_select_heads, planes, params.plane_pages)
-    scratch = torch.empty(size, dtype=torch.float32, device=device)
-    params.score_scratch = scratch.data_ptr()
-    return scratch
+    size, warps, pages = _plan(shape, planes, params.page_summary, cluster_size, warps)
+    params.set_cluster(size)
+    if timeline is not None and timeline.shape[2] != size:
+        raise ValueError(f"timeline: expected a cluster_size of {size}, got {tuple(timeline.shape)}")
+    rows = (shape.num_reqs, shape.num_select_heads)
+    # keeps the scratches alive until the launch is queued; the allocator reuses them in stream order
+    scratch = None
+    params.plane_pages = pages
+    if not pages:
+        params.plane_pages = -(-shape.max_pages // 8) * 8 + 16 * MAX_CLUSTER  # each CTA's part is rounded up
+        scratch = torch.empty((*rows, planes, params.plane_pages), dtype=torch.float32, device=query.device)
+        params.score_scratch = scratch.data_ptr()
+    listed = torch.empty((*rows, shape.max_pages + MAX_CLUSTER), dtype=torch.int32, device=query.device)
+    params.listed = listed.data_ptr()
+    _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
+    del scratch, listed
 
 
 def _common(
@@ -218,7 +247,6 @@ def _common(
     page_budgets: torch.Tensor,
     per_query_head: bool,
     page_size: int,
-    cluster_size: int | None,
 ) -> tuple[DecodeParams, _Shape]:
     """Fill what every stage needs. ``cache`` is the keys or the summaries."""
     num_reqs, num_q_heads, head_dim = query.shape
@@ -250,7 +278,6 @@ def _common(
         max_pages=shape.max_pages,
         bound_radius=1.0,
         scale=1.0,
-        cluster_size=cluster_size or default_cluster_size(num_reqs, select_heads),
     )
     return params, shape
 
@@ -320,7 +347,6 @@ def quest_decode(
         page_budgets,
         group_reduction == "per_query_head",
         page_size,
-        cluster_size,
     )
     out = torch.empty_like(query) if out is None else out
     if out.numel() == 0:
@@ -334,9 +360,7 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
-    if timeline is not None and timeline.shape[2] != params.cluster_size:
-        raise ValueError(f"timeline: expected a cluster_size of {params.cluster_size}, got {tuple(timeline.shape)}")
-    _launch_decode(params, shape, query, warps)
+    _launch_decode(params, shape, query, cluster_size, warps, timeline)
     return out
 
 
@@ -356,7 +380,7 @@ def score_pages(
     """Run the score stage alone; see :func:`quest_vllm.ops.reference.score_pages`."""
     budgets = torch.zeros_like(seq_lens)
     per_query_head = group_reduction == "per_query_head"
-    params, shape = _common(query, summaries, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
+    params, shape = _common(query, summaries, block_table, seq_lens, budgets, per_query_head, page_size)
     size = (shape.num_reqs, shape.num_select_heads, shape.max_pages)
     scores = torch.full(size, float("-inf"), dtype=torch.float32, device=query.device)
     if scores.numel() == 0:
@@ -364,7 +388,7 @@ def score_pages(
     _set_summaries(params, summaries, query.dtype, page_summary)
     params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
     params.bound_radius, params.scale = bound_radius, scale
-    _launch_decode(params, shape, query)
+    _launch_decode(params, shape, query, cluster_size)
     return scores
 
 
@@ -390,11 +414,11 @@ def select_pages(
     cache = query.new_zeros(1, heads, page_size, head_dim)
     table = torch.zeros(num_reqs, max_pages, dtype=torch.int32, device=device)
     budgets = page_budgets.clamp(max=max_page_budget)
-    params, shape = _common(query, cache, table, seq_lens, budgets, False, page_size, cluster_size)
+    params, shape = _common(query, cache, table, seq_lens, budgets, False, page_size)
     scores = page_scores.contiguous()
     params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
-    _launch_decode(params, shape, query)
+    _launch_decode(params, shape, query, cluster_size)
     return _as_list(chosen, max_page_budget)
 
 
@@ -435,13 +459,13 @@ def sparse_paged_attention(
         return out
     budgets = torch.full_like(seq_lens, width)
     per_query_head = selected_pages.shape[1] == query.shape[1]
-    params, shape = _common(query, key_cache, block_table, seq_lens, budgets, per_query_head, page_size, cluster_size)
+    params, shape = _common(query, key_cache, block_table, seq_lens, budgets, per_query_head, page_size)
     _set_caches(params, key_cache, value_cache, query.dtype)
     chosen = _as_flags(selected_pages, shape.max_pages)
     params.chosen, params.out = chosen.data_ptr(), out.data_ptr()
     params.out_req_stride, params.out_head_stride = out.stride()[:2]
     params.stages, params.scale, params.softcap = ATTEND, scale, softcap
-    _launch_decode(params, shape, query)
+    _launch_decode(params, shape, query, cluster_size)
     return out
 
 

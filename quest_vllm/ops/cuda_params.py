@@ -29,9 +29,15 @@ class DecodeParams(ctypes.Structure):
         *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
         *_fields(ctypes.c_int32, "page_shift block_shift max_pages"),
         *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages page_summary"),
-        *_fields(ctypes.c_int32, "cluster_size plane_pages"),
+        ("cluster_size", ctypes.c_int32),
+        ("cluster_inverse", ctypes.c_uint32),
+        ("plane_pages", ctypes.c_int32),
         *_fields(ctypes.c_float, "bound_radius scale softcap"),
     ]
+
+    def set_cluster(self, size: int) -> None:
+        """``size`` CTAs a (request, head)."""
+        self.cluster_size, self.cluster_inverse = size, -(-(2**31) // size)
 
 
 class WriteParams(ctypes.Structure):

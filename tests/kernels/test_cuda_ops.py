@@ -36,7 +36,7 @@ SHAPE = SHAPES[0]
 DTYPES = [torch.bfloat16, torch.float16]
 LENGTHS = [0, 1, 100, 583, 1300, 16 * 70 + 3]
 BUDGETS = [3, 3, 4, 9, 20, 200]  # pages; the last one covers its row
-CLUSTERS = [1, 4, None]
+CLUSTERS = [1, 3, 4, 11, None]
 compose_reference = compose(reference.score_pages, reference.select_pages, reference.sparse_paged_attention)
 
 
