@@ -9,39 +9,17 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from quest_vllm import compat
 from quest_vllm.config import QuestConfig
 from quest_vllm.errors import QuestValueError
-from quest_vllm.eval.distributions import kl_by_record, new_record
-from quest_vllm.eval.engine_runner import read_contexts, request
-from quest_vllm.eval.plan import DECODE, DENSE, Unit
-from quest_vllm.eval.prompts import Item
 from quest_vllm.eval.stats import Estimate, bootstrap_mean
-from quest_vllm.eval.text import TEXT
-from quest_vllm.layers import has_window
 
 ORIGINAL = (0, 1)
 """The dense layers of the original Quest."""
-
-
-def set_sparse_layers(worker: Any, layers: Sequence[int]) -> list[int]:
-    """Let ``layers`` alone select pages from the next step on; returns every layer that could (no sliding window).
-
-    For an eager engine: a captured graph keeps the layers of its capture. Run it by ``llm.collective_rpc``.
-    """
-    able = []
-    for name, layer in compat.cached_layers(worker).items():
-        index = compat.layer_index(name)
-        if not has_window(layer.impl):
-            able.append(index)
-            layer.impl._sparse_layer = index in layers
-    return sorted(able)
 
 
 def equal_bytes_budget(config: QuestConfig, budget: int, context: int, layers: int, dense: int) -> int:
@@ -55,46 +33,23 @@ def equal_bytes_budget(config: QuestConfig, budget: int, context: int, layers: i
     return affordable // config.page_size * config.page_size
 
 
-@dataclass
-class Probe:
+class LayerKl(Protocol):
     """Measures KL to dense on fixed windows of text, for any set of sparse layers and any budget."""
 
-    engine: Any
-    windows: Sequence[Item]
-    folder: Path
-    layers: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.layers = self.select([])
-        read_contexts(self.engine, self.windows)
-        self._dense = self._read(DENSE, "dense")
-
-    def select(self, layers: Sequence[int]) -> list[int]:
-        """Make ``layers`` alone sparse; returns all that could be."""
-        (able,) = {tuple(found) for found in self.engine.collective_rpc(set_sparse_layers, args=(list(layers),))}
-        return list(able)
+    layers: list[int]
+    """All that could be sparse."""
 
     def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
-        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget``."""
-        self.select([layer for layer in self.layers if layer not in dense_layers])
-        sparse = self._read(budget, "sparse")
-        return [kl_by_record(dense, other) for dense, other in zip(self._dense, sparse, strict=True)]
+        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget`` tokens."""
+        ...
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
-        """KL to dense of each window with ``layer`` alone at ``budget``."""
-        return self.kl([other for other in self.layers if other != layer], budget)
+        """KL to dense of each window with ``layer`` alone at ``budget`` tokens."""
+        ...
 
-    def _read(self, budget: int, name: str) -> list[Path]:
-        """Force every window's text; returns the records."""
-        vocabulary = self.engine.llm_engine.model_config.get_vocab_size()
-        records, requests = [], []
-        for item in self.windows:
-            path = self.folder / f"{name}-{item.index}.npy"
-            records.append(new_record(path, len(item.question_ids), vocabulary))
-            unit = Unit(TEXT, item.context, item.index, DECODE, budget)
-            requests.append(request(item, unit, path))
-        self.engine.generate(*zip(*requests, strict=True), use_tqdm=False)
-        return records
+
+OpenProbe = Callable[[Sequence[Any]], contextlib.AbstractContextManager[LayerKl]]
+"""Makes one for windows of text; what it needs lives as long."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +94,13 @@ class Task:
     budget: int
     context: int
     max_dense: int
-    windows: Sequence[Item]
+    windows: Sequence[Any]
 
 
-def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str, Any]:
+def calibrate(open_probe: OpenProbe, task: Task, say: Callable[[str], object]) -> dict[str, Any]:
     """Measure and choose; returns ``settings`` and ``evidence``, plain data for YAML."""
     half = len(task.windows) // 2
-    with tempfile.TemporaryDirectory(prefix="quest-calibrate-") as folder:
-        probe = Probe(engine, task.windows[:half], Path(folder))
+    with open_probe(task.windows[:half]) as probe:
         nearly_all = task.context - task.config.page_size
         floor = bootstrap_mean([probe.kl([], nearly_all)]).mean
         say(f"all layers at budget {nearly_all}, nearly all pages: KL {floor:.5f} (rounding of other kernels, mostly)")
@@ -162,8 +116,8 @@ def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str
         for candidate in affordable:
             say(f"dense layers {list(candidate.dense_layers)}: budget {candidate.budget}, KL {_mean(candidate):.5f}")
         chosen = choose(affordable)
-    with tempfile.TemporaryDirectory(prefix="quest-calibrate-") as folder:
-        held_back = _held_back(Probe(engine, task.windows[half:], Path(folder)), task, chosen)
+    with open_probe(task.windows[half:]) as probe:
+        held_back = _held_back(probe, task, chosen)
     return {
         "settings": {"dense_layers": list(chosen.dense_layers)},
         "evidence": {
@@ -175,7 +129,7 @@ def calibrate(engine: Any, task: Task, say: Callable[[str], object]) -> dict[str
     }
 
 
-def measure(probe: Probe, task: Task, dense_layers: Sequence[int]) -> Candidate | None:
+def measure(probe: LayerKl, task: Task, dense_layers: Sequence[int]) -> Candidate | None:
     """A candidate, or None where its bytes leave the other layers less than the smallest budget."""
     dense = tuple(sorted(set(dense_layers) & set(probe.layers)))
     budget = equal_bytes_budget(task.config, task.budget, task.context, len(probe.layers), len(dense))
@@ -188,7 +142,7 @@ def _mean(candidate: Candidate) -> float:
     return bootstrap_mean([candidate.kl]).mean
 
 
-def _held_back(probe: Probe, task: Task, chosen: Candidate) -> dict[str, Any]:
+def _held_back(probe: LayerKl, task: Task, chosen: Candidate) -> dict[str, Any]:
     """The choice against no dense layer and against the original's, on text that did not choose."""
     rivals: Mapping[str, Sequence[int]] = {"no_dense_layer": (), "original": ORIGINAL}
     ours = measure(probe, task, chosen.dense_layers)

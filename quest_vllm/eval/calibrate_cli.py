@@ -13,6 +13,7 @@ from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestValueError
 from quest_vllm.eval.calibrate import Task, calibrate
 from quest_vllm.eval.cli import json_object, number
+from quest_vllm.eval.engine_probe import engine_probes
 from quest_vllm.eval.engine_runner import engine_args, policy, start_engine, stop_engine
 from quest_vllm.eval.library import Library
 from quest_vllm.eval.plan import DECODE, DENSE, Plan
@@ -109,7 +110,7 @@ def _run(parsed: argparse.Namespace, command: str) -> dict[str, Any]:
     try:
         config = config_of(engine.llm_engine.vllm_config)  # without "auto": what it chooses with
         task = Task(config, parsed.budget, parsed.context, parsed.max_dense, windows)
-        found = calibrate(engine, task, lambda line: print(line, file=sys.stderr, flush=True))
+        found = calibrate(engine_probes(engine), task, lambda line: print(line, file=sys.stderr, flush=True))
     finally:
         stop_engine(engine)
     found["evidence"] |= _circumstances(parsed, config, source, command)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from quest_vllm.cli import main
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError
 from quest_vllm.eval import calibrate_cli
-from quest_vllm.eval.calibrate import Candidate, Probe, choose, equal_bytes_budget, set_sparse_layers
+from quest_vllm.eval.calibrate import Candidate, Task, calibrate, choose, equal_bytes_budget
+from quest_vllm.eval.engine_probe import Probe, set_sparse_layers
 from quest_vllm.eval.library import Library
 from quest_vllm.eval.plan import Plan
 from quest_vllm.eval.prompts import Codec
@@ -62,6 +64,43 @@ def test_a_dense_layer_must_earn_its_place() -> None:
     assert choose([none, one, hardly]).dense_layers == (4,)
     assert choose([one, none]) is one
     assert choose([none, candidate((4,), 0.2), candidate((4, 9), 0.02)]).dense_layers == (4, 9)
+
+
+class LayersThatMatter:
+    """KL of windows whose sparse layers add up: ``worth`` by layer, over the budget."""
+
+    def __init__(self, worth: dict[int, float], windows: Sequence[float]) -> None:
+        self.layers, self.worth, self.windows = sorted(worth), worth, windows
+
+    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
+        lost = sum(value for layer, value in self.worth.items() if layer not in dense_layers) / budget
+        return [lost * window for window in self.windows]
+
+    def kl_alone(self, layer: int, budget: int) -> list[float]:
+        return self.kl([other for other in self.layers if other != layer], budget)
+
+
+def test_the_layer_that_loses_most_stays_dense_where_that_pays_and_text_held_back_judges() -> None:
+    worth = dict.fromkeys(range(24), 1.0) | {7: 200.0}
+    opened: list[Sequence[float]] = []
+
+    @contextlib.contextmanager
+    def probe(windows: Sequence[float]) -> Iterator[LayersThatMatter]:
+        opened.append(windows)
+        yield LayersThatMatter(worth, windows)
+
+    task = Task(QuestConfig(), 512, 4096, 2, [1.0, 1.1, 0.9, 1.0, 2.0, 2.1, 1.9, 2.0])
+    found = calibrate(probe, task, lambda _: None)
+    assert opened == [task.windows[:4], task.windows[4:]]
+    assert found["settings"] == {"dense_layers": [7]}
+    held_back = found["evidence"]["held_back"]
+    budget = equal_bytes_budget(task.config, 512, 4096, 24, 1)
+    assert held_back["chosen"] == {
+        "dense_layers": [7],
+        "budget": budget,
+        "kl": pytest.approx({"mean": 23 / budget * 2, "low": 23 / budget * 2, "high": 23 / budget * 2}, rel=0.06),
+    }
+    assert held_back["no_dense_layer"]["kl_of_chosen_less_this"]["high"] < 0
 
 
 def written(folder: Path, model: str, document: object) -> Path:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import calibrate_reference
 import hf_reference
 import measure_policies
 import policy_texts
@@ -154,6 +155,19 @@ def test_several_texts_and_budgets_in_one_pass_are_those_of_passes_of_their_own(
             (wanted,) = alone.measure(candidate.run(budget), (budget,))
             assert {m: v[i] for m, v in values.items()} == pytest.approx({m: v[0] for m, v in wanted.items()}, abs=1e-4)
     assert together[0]["kl"] != together[1]["kl"]
+
+
+def test_the_reference_tells_calibration_what_each_layer_loses(
+    masked_model: hf_reference.ReferenceModel, tokens: list[int]
+) -> None:
+    texts = [policy_texts.Text("manual", "", tokens[i : i + 256], tokens[i + 256 : i + 260]) for i in (0, 150, 300)]
+    probe = calibrate_reference.ReferenceProbe(masked_model, texts, 2)
+    assert probe.layers == list(range(30))
+    assert probe.kl(probe.layers, 64) == pytest.approx([0.0] * 3, abs=1e-5)
+    every, alone = probe.kl([], 64), probe.kl_alone(20, 64)
+    assert alone == probe.kl([layer for layer in range(30) if layer != 20], 64)
+    assert all(0 < one < whole for one, whole in zip(alone, every, strict=True))
+    assert probe.kl([], 320) == pytest.approx([0.0] * 3, abs=1e-4)  # covers the context
 
 
 def test_texts_without_as_many_rows_of_each_are_refused(
