@@ -163,7 +163,7 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
         text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 110), seed=number)
         sampling = SamplingParams(
             temperature=0.8,
-            max_tokens=rng.randint(150, 400),
+            max_tokens=rng.randint(60, 160),
             ignore_eos=True,
             n=2 if number % 5 == 0 else 1,
             extra_args={
