@@ -26,8 +26,8 @@ import soak
 pytestmark = pytest.mark.server
 pytest.importorskip("opentelemetry.proto")
 FLAGS = (
-    f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048 "
-    "--max-num-seqs 12 --max-num-batched-tokens 512 --num-gpu-blocks-override 70 --enable-request-id-headers "
+    f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 1024 "
+    "--max-num-seqs 12 --max-num-batched-tokens 512 --num-gpu-blocks-override 36 --enable-request-id-headers "
     "--quest-audit 5 --quest-alias fast=128 --worker-extension-cls soak_worker.Auditor"
 )
 
@@ -106,14 +106,14 @@ def test_a_sweep_over_it(server: Server, tmp_path: Path, capsys: pytest.CaptureF
     assert all(record["prompt_tokens"] == [record["context"]] * 2 for record in document["rounds"])
     assert 100 < cells[700, 128]["mean_tokens_attended"] <= 128
     assert cells[700, 0]["mean_tokens_attended"] > 700 and cells[64, 128]["mean_tokens_attended"] > 64
-    assert document["servers"]["quest"]["sparse_attention"]["token_budget"]["max"] == 2048
+    assert document["servers"]["quest"]["sparse_attention"]["token_budget"]["max"] == 1024
     assert document["servers"]["quest"]["vllm"] in str(document["environment"]["versions"])
     assert "vs dense" in capsys.readouterr().out
 
 
 def test_a_sweep_refuses_a_budget_out_of_range(server: Server, tmp_path: Path, capsys: Any) -> None:
     assert main(["bench", server.url, "--context", "64", "--budgets", "32", "--output", str(tmp_path)]) == 2
-    assert "--budgets: expected dense, or 48 to 2048 on this server" in capsys.readouterr().err
+    assert "--budgets: expected dense, or 48 to 1024 on this server" in capsys.readouterr().err
 
 
 def test_unlike_budgets_in_shared_batches_answer_as_alone(server: Server) -> None:
