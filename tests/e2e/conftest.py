@@ -20,10 +20,13 @@ from openai import OpenAI
 
 MODEL_NAME = "smol"
 START_UP_SECONDS = 240
+GRACE_SECONDS = 60
+QUEST = [sys.executable, "-m", "quest_vllm.cli"]
 KEY, ROOT, ORIGIN, MAX_BODY, MIN_BUDGET = "secret", "/llm", "https://page.example", 400_000, 64
 SHARED_FLAGS = (
     f"--api-key {KEY} --root-path {ROOT} --enable-prompt-tokens-details --quest-alias fast=512 --quest-alias exact=0 "
-    f'--quest-min-budget {MIN_BUDGET} --quest-max-body-bytes {MAX_BODY} --allowed-origins ["{ORIGIN}"]'
+    f'--quest-min-budget {MIN_BUDGET} --quest-max-body-bytes {MAX_BODY} --allowed-origins ["{ORIGIN}"] '
+    f"--quest-page --shutdown-timeout {GRACE_SECONDS}"
 )
 
 
@@ -113,10 +116,29 @@ def vllm_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
 
 
+def small_disk(folder: Path) -> list[str]:
+    """What to put before a command for ``folder`` to be a disk of 8 MiB of its own; empty where nobody may mount."""
+    mount = f"mount -t tmpfs -o size=8m none {folder}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        return []
+    return ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+
+
 @pytest.fixture(scope="session")
-def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``quest-vllm serve`` behind an API key and a root path, shared by all that does not end it."""
-    command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path), *SHARED_FLAGS.split()]
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shared server's metrics files live."""
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="session")
+def command(model_path: Path, disk: Path) -> list[str]:
+    """The shared server, as a supervisor would start it again."""
+    metrics = ["env", f"QUEST_METRICS_DIR={disk}"]
+    return [*small_disk(disk), *metrics, *QUEST, "serve", *serve_flags(model_path), *SHARED_FLAGS.split()]
+
+
+@pytest.fixture(scope="session")
+def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``quest-vllm serve`` behind an API key and a root path, shared; test_faults.py kills its worker at the end."""
     with run_server(command, tmp_path_factory.mktemp("server") / "log", key=KEY) as running:
         yield running
-        assert running.stop() == 0, "SIGTERM ends it cleanly"

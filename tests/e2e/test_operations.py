@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def server(model_path: Path, traces: Collector, tmp_path_factory: pytest.TempPat
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         with run_server(command, tmp_path_factory.mktemp("operations") / "log") as running:
             yield running
+            assert running.stop() == 0, "SIGTERM ends it cleanly"
 
 
 def spans_of(traces: Collector, request_id: str, count: int = 1) -> list[dict[str, Any]]:
@@ -95,6 +98,13 @@ def test_every_route_has_its_budget_in_the_span(server: Server, traces: Collecto
     spans = spans_of(traces, name, 2 if route == "several" else 1)
     assert [span["quest.token_budget"] for span in spans] == [128 if route == "alias" else 64] * len(spans)
     assert len(spans) == (2 if route == "several" else 1)
+
+
+def test_the_page_is_off_unless_asked_for(server: Server) -> None:
+    for path in ("/quest", "/quest/page.js", "/v1/quest/info", "/v1/quest/trace/5"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + path, timeout=20)
+        assert refused.value.code == 404
 
 
 def test_a_sweep_over_it(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

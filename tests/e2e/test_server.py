@@ -152,11 +152,3 @@ def test_latency_histograms_by_budget_class(server: Server) -> None:
     for histogram in ("time_to_first_token", "inter_token_latency", "e2e_latency"):
         assert f"quest_{histogram}_seconds_bucket" in names
     assert "quest_token_budget_bucket" in names
-
-
-def test_the_page_is_off_unless_asked_for(server: Server) -> None:
-    for path in ("/quest", "/quest/page.js", "/v1/quest/info", "/v1/quest/trace/5"):
-        request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {KEY}"})
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=20)
-        assert refused.value.code == 404
