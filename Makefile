@@ -61,15 +61,19 @@ run:
 
 # several servers and engines share the cores: threads that wait must not spin
 TESTS := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu"
-ENGINES := tests/deploy tests/e2e tests/engine tests/eval tests/features
+SERVERS := tests/deploy tests/e2e
+ENGINES := tests/engine tests/eval tests/features
 
-# what starts engines and servers in one process, everything else beside it; with ARGS= one process runs what that names
+# three processes, so that two cores are busy to the end: a start waits for one import of vLLM after the other, and tests
+# of one process share servers and engines. With ARGS= one process runs what that names
 test: env kernels model
 ifneq ($(strip $(ARGS)),)
 	$(TESTS) $(ARGS)
 else
-	@mkdir -p build; $(TESTS) tests $(addprefix --ignore=,$(ENGINES)) -p no:cacheprovider > build/test.log 2>&1 & others=$$!; \
-	$(TESTS) $(ENGINES); status=$$?; wait $$others || status=1; cat build/test.log; exit $$status
+	@mkdir -p build; $(TESTS) $(ENGINES) -p no:cacheprovider > build/test-engines.log 2>&1 & engines=$$!; \
+	$(TESTS) tests $(addprefix --ignore=,$(SERVERS) $(ENGINES)) -p no:cacheprovider > build/test-others.log 2>&1 & others=$$!; \
+	$(TESTS) $(SERVERS); status=$$?; for part in $$engines $$others; do wait $$part || status=1; done; \
+	cat build/test-engines.log build/test-others.log; exit $$status
 endif
 
 lint: env

@@ -117,18 +117,19 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
-    records = []
+    head, records = {"benchmark": "gpu_engine", **device()}, []
     for backend in ("FLASH_ATTN", "CUSTOM"):
         command = [sys.executable, __file__, "--child", backend, "--layers", str(arguments.layers)]
         command += ["--max-model-len", str(arguments.max_model_len), "--cases", str(arguments.cases)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        print(done.stdout[-2000:] if done.returncode else "", flush=True)
-        records += [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")]
-    add_ratios(records)
-    for record in records:
-        print(record, flush=True)
-    if arguments.output:
-        save({"benchmark": "gpu_engine", **device(), "cases": records}, arguments.output)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                if line.startswith("CASE "):
+                    records.append(json.loads(line[5:]))
+                    add_ratios(records)
+                    print(records[-1], flush=True)
+                    save({**head, "cases": records}, arguments.output)
+        if process.returncode:
+            sys.exit(f"{backend}: the engine ended with status {process.returncode}")
 
 
 if __name__ == "__main__":

@@ -31,17 +31,21 @@ def policy_name(document: dict[str, Any]) -> str:
 
 
 def model_lines(
-    pattern: str, keys: tuple[str, ...], line: Callable[[dict[str, Any], dict[str, Any]], str]
+    pattern: str,
+    keys: tuple[str, ...],
+    line: Callable[[dict[str, Any], dict[str, Any]], str],
+    matters: Callable[[dict[str, Any], list[dict[str, Any]]], bool] = lambda case, cases: True,
 ) -> list[str]:
     """Whole-model lines from all files of a kind, in the order of ``keys``: of a case and policy the newest file's.
 
-    ``line``: what a document and a case of it come to, but for the link to the file.
+    ``line``: what a document and a case of it come to, but for the link to the file; ``matters``: whether a case among
+    its document's gets one.
     """
     lines = {}
     for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
         document = json.loads(path.read_text())
         for c in document["cases"]:
-            if "speedup" in c:
+            if "speedup" in c and matters(c, document["cases"]):
                 case = (*(c[key] for key in keys), policy_name(document))
                 lines[case] = f"{line(document, c)} | [json]({path.relative_to(ROOT)}) |"
     return [lines[case] for case in sorted(lines)]
@@ -60,8 +64,8 @@ def engine_lines() -> list[str]:
     return model_lines("h*/*-engine.json", ("context", "batch", "budget"), line)
 
 
-def tp_lines() -> list[str]:
-    """Whole-model lines on several GPUs, by bench_gpu_tp.py."""
+def tp_lines(brief: bool = False) -> list[str]:
+    """Whole-model lines by bench_gpu_tp.py; ``brief``: on several GPUs, with the smaller budget."""
 
     def line(document: dict[str, Any], c: dict[str, Any]) -> str:
         return (
@@ -71,7 +75,10 @@ def tp_lines() -> list[str]:
             f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token {c['time_to_first_token_ratio']:.2f}x)"
         )
 
-    return model_lines("h*/*-tp.json", ("gpus", "context", "batch", "budget"), line)
+    def matters(c: dict[str, Any], every: list[dict[str, Any]]) -> bool:
+        return not brief or (c["gpus"] > 1 and c["budget"] == min(o["budget"] for o in every if o["budget"]))
+
+    return model_lines("h*/*-tp.json", ("gpus", "context", "batch", "budget"), line, matters)
 
 
 def chain_ratios(case: dict[str, Any], way: str) -> str:
@@ -172,7 +179,7 @@ def cpu_lines() -> list[str]:
 def main() -> None:
     """Replace what stands between the markers."""
     table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
-    table += [*engine_lines(), *serve_lines(), *tp_lines(), *chain_lines(), *cpu_lines()]
+    table += [*engine_lines(), *serve_lines(), *tp_lines(brief=True), *chain_lines(), *cpu_lines()]
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)

@@ -24,6 +24,7 @@ from quest_vllm.eval.text import load_text
 from tests.eval.endpoint import FakeEndpoint, budget_of, fake_endpoint
 
 QUICK = "--context 64 --batch 2 --budgets dense,512 --tokens 8".split()
+DENSE_PACE, SPARSE_PACE = 0.12, 0.03  # seconds a token: far above the delays of a machine that does other work
 load_once = functools.cache(load_codec)
 
 
@@ -44,7 +45,7 @@ def bench(target: str, output: Path, *arguments: str) -> tuple[int, dict[str, An
 
 
 def slower_when_dense(budget: int) -> float:
-    return 0.04 if budget in (0, -1) else 0.01
+    return DENSE_PACE if budget in (0, -1) else SPARSE_PACE
 
 
 def measured(endpoint: FakeEndpoint) -> list[dict[str, Any]]:
@@ -58,11 +59,12 @@ def test_a_pace_is_measured_and_compared(model_path: Path, tmp_path: Path, capsy
     assert code == 0 and document["complete"]
     dense, sparse = document["cells"]
     assert (dense["series"], sparse["series"]) == ("dense", "512")
-    assert dense["itl_ms"]["p50"] >= 39 and sparse["itl_ms"]["p50"] >= 9
-    assert dense["ttft_ms"]["p50"] >= 39 and dense["tpot_ms"]["p50"] >= 39
+    least = 1e3 * 0.975 * DENSE_PACE
+    assert dense["itl_ms"]["p50"] >= least and sparse["itl_ms"]["p50"] >= 1e3 * 0.9 * SPARSE_PACE
+    assert dense["ttft_ms"]["p50"] >= least and dense["tpot_ms"]["p50"] >= least
     assert 1.5 < sparse["speedup"]["low"] <= sparse["speedup"]["itl"] <= sparse["speedup"]["high"] < 5
     assert sparse["speedup"]["pairs"] == 2 and "speedup" not in dense
-    assert dense["output_tokens_per_second"] < 2 / 0.04 < sparse["output_tokens_per_second"]
+    assert dense["output_tokens_per_second"] < 2 / DENSE_PACE < sparse["output_tokens_per_second"]
     requests = measured(endpoint)
     assert [budget_of(body) for body in requests] == [0, 0, 512, 512] * 2
     assert all(len(body["prompt"]) == 64 and body["ignore_eos"] and body["stream"] for body in requests)

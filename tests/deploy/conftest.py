@@ -18,5 +18,5 @@ def deployed(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """The server; ``/metrics`` and the page's static files need no key."""
     flags = ["--quest-audit", "3", "--quest-page", "--api-key", KEY, "--root-path", ROOT_PATH]
     command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path), *flags]
-    with run_server(command, tmp_path_factory.mktemp("server") / "log") as running:
+    with run_server(command, tmp_path_factory.mktemp("server") / "log", key=KEY) as running:
         yield running

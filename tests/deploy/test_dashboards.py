@@ -24,7 +24,6 @@ import yaml
 
 from quest_vllm.metrics import METRICS
 from tests.conftest import ROOT
-from tests.deploy.conftest import KEY
 from tests.e2e.conftest import MODEL_NAME, Server
 from tests.e2e.test_server import prompt_ids, xargs
 
@@ -175,7 +174,7 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 def stream(server: Server, number: int, budget: int, tokens: int) -> None:
     """One streamed completion; every other one repeats a prompt, for prefix hits."""
-    chunks = server.client(KEY).completions.create(
+    chunks = server.client().completions.create(
         model=MODEL_NAME,
         prompt=prompt_ids(tokens, number // 2),
         max_tokens=12,
@@ -194,9 +193,10 @@ def loaded(deployed: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         wait_for(lambda: prometheus.query("count(quest_e2e_latency_seconds_count)"), 20)
         time.sleep(2 * SCRAPE_SECONDS)
         jobs = [
-            (number, budget, 1300) for number, budget in enumerate((0, 0, 64, 64, 512, 512, 1024, 1024, 2048, 4096))
+            (number, budget, 1100 if budget == 1024 else 600)
+            for number, budget in enumerate((0, 0, 64, 64, 512, 512, 1024, 1024, 2048, 4096))
         ]
-        jobs += [(20, 2048, 2300), (22, 4096, 4400), (24, 8192, 300)]
+        jobs += [(20, 2048, 2100), (22, 4096, 300), (24, 8192, 300)]
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda job: stream(deployed, *job), jobs))
         time.sleep(3 * SCRAPE_SECONDS)

@@ -1,4 +1,4 @@
-"""A real server in a subprocess."""
+"""Real servers in subprocesses."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from openai import OpenAI
 
 MODEL_NAME = "smol"
 START_UP_SECONDS = 240
+GRACE_SECONDS = 60
+QUEST = [sys.executable, "-m", "quest_vllm.cli"]
+KEY, ROOT, ORIGIN, MAX_BODY, MIN_BUDGET = "secret", "/llm", "https://page.example", 400_000, 64
+SHARED_FLAGS = (
+    f"--api-key {KEY} --root-path {ROOT} --enable-prompt-tokens-details --quest-alias fast=512 --quest-alias exact=0 "
+    f'--quest-min-budget {MIN_BUDGET} --quest-max-body-bytes {MAX_BODY} --allowed-origins ["{ORIGIN}"] '
+    f"--quest-page --shutdown-timeout {GRACE_SECONDS}"
+)
 
 
 @dataclass
@@ -29,10 +37,11 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    key: str
 
-    def client(self, key: str = "-") -> OpenAI:
+    def client(self) -> OpenAI:
         """An OpenAI client that does not retry."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=200)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=200)
 
     def metrics(self) -> dict[str, float]:
         """Every ``quest_`` sample of /metrics, keyed by name and labels as printed."""
@@ -46,13 +55,22 @@ class Server:
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of every server: a small KV cache, without which vLLM-CPU wants 92% of the machine's memory."""
-    return dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    """The environment of every server.
+
+    A small KV cache, without which vLLM-CPU wants 92% of the machine's memory. One thread on any core, where vLLM-CPU
+    would bind each server to the same first cores, whatever else runs there.
+    """
+    return dict(os.environ) | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @contextlib.contextmanager
-def run_server(command: list[str], log: Path, port: int = 0) -> Iterator[Server]:
-    """Run ``command`` plus a port (0: a free one) until the block ends."""
+def run_server(command: list[str], log: Path, port: int = 0, key: str = "-") -> Iterator[Server]:
+    """Run ``command`` plus a port (0: a free one) until the block ends; ``key`` is the API key that it expects."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
@@ -61,7 +79,7 @@ def run_server(command: list[str], log: Path, port: int = 0) -> Iterator[Server]
         process = subprocess.Popen(
             [*command, "--port", str(port)], stdout=sink, stderr=subprocess.STDOUT, env=server_environment()
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    server = Server(process, f"http://127.0.0.1:{port}", log, key)
     try:
         _wait_until_healthy(server)
         yield server
@@ -98,9 +116,29 @@ def vllm_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
 
 
-@pytest.fixture(scope="module")
-def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``quest-vllm serve``, shared by a module's tests."""
-    command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path)]
-    with run_server(command, tmp_path_factory.mktemp("server") / "log") as running:
+def small_disk(folder: Path) -> list[str]:
+    """What to put before a command for ``folder`` to be a disk of 8 MiB of its own; empty where nobody may mount."""
+    mount = f"mount -t tmpfs -o size=8m none {folder}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        return []
+    return ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shared server's metrics files live."""
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="session")
+def command(model_path: Path, disk: Path) -> list[str]:
+    """The shared server, as a supervisor would start it again."""
+    metrics = ["env", f"QUEST_METRICS_DIR={disk}"]
+    return [*small_disk(disk), *metrics, *QUEST, "serve", *serve_flags(model_path), *SHARED_FLAGS.split()]
+
+
+@pytest.fixture(scope="session")
+def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``quest-vllm serve`` behind an API key and a root path, shared; test_faults.py kills its worker at the end."""
+    with run_server(command, tmp_path_factory.mktemp("server") / "log", key=KEY) as running:
         yield running

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,11 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags, vllm_command
+from tests.e2e.conftest import KEY, MAX_BODY, MODEL_NAME, ORIGIN, ROOT, Server, vllm_command
 from tests.e2e.test_server import prompt_ids, text
 
 pytestmark = pytest.mark.server
 
-KEY, ROOT, ORIGIN, MAX_BODY = "secret", "/llm", "https://page.example", 400_000
-FLAGS = (
-    f"--api-key {KEY} --root-path {ROOT} --enable-prompt-tokens-details --quest-alias fast=512 --quest-alias exact=0 "
-    f'--quest-min-budget 64 --quest-max-body-bytes {MAX_BODY} --allowed-origins ["{ORIGIN}"]'
-)
 EXACT = {"ignore_eos": True}
 ROOT_FOLDER = Path(__file__).parents[2]
 
@@ -70,10 +64,8 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def api(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    command = [sys.executable, "-m", "quest_vllm.cli", "serve", *serve_flags(model_path), *FLAGS.split()]
-    with run_server(command, tmp_path_factory.mktemp("api") / "log") as running:
-        yield Api(running)
+def api(server: Server) -> Api:
+    return Api(server)
 
 
 class Counters:

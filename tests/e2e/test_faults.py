@@ -1,9 +1,11 @@
-"""Faults on a real server: a full disk, a dead worker and the restart after it, SIGTERM under load, bad starts."""
+"""Faults on a real server: a full disk, a dead worker and the restart after it, SIGTERM under load, bad starts.
+
+The shared server dies here: tests/conftest.py puts this module behind the others.
+"""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -16,40 +18,10 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags, server_environment
+from tests.e2e.conftest import GRACE_SECONDS, KEY, MODEL_NAME, QUEST, Server, run_server, server_environment, small_disk
 from tests.e2e.test_server import prompt_ids, xargs
 
 pytestmark = pytest.mark.server
-GRACE_SECONDS = 60
-QUEST = [sys.executable, "-m", "quest_vllm.cli"]
-
-
-def small_disk(folder: Path) -> list[str]:
-    """What to put before a command for ``folder`` to be a disk of 8 MiB of its own; empty where nobody may mount."""
-    mount = f"mount -t tmpfs -o size=8m none {folder}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
-        return []
-    return ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh"]
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the server's metrics files live."""
-    return tmp_path_factory.mktemp("disk")
-
-
-@pytest.fixture(scope="module")
-def command(model_path: Path, disk: Path) -> list[str]:
-    """The server that a supervisor would start again."""
-    flags = ["--quest-page", "--shutdown-timeout", str(GRACE_SECONDS)]
-    return [*small_disk(disk), "env", f"QUEST_METRICS_DIR={disk}", *QUEST, "serve", *serve_flags(model_path), *flags]
-
-
-@pytest.fixture(scope="module")
-def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The first start; its worker dies on the way."""
-    with run_server(command, tmp_path_factory.mktemp("server") / "log") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +29,7 @@ def restarted(server: Server, command: list[str], tmp_path_factory: pytest.TempP
     """The same command again, on the same port, as a supervisor does it."""
     server.process.wait(GRACE_SECONDS)
     port = int(server.url.rpartition(":")[2])
-    with run_server(command, tmp_path_factory.mktemp("restarted") / "log", port) as running:
+    with run_server(command, tmp_path_factory.mktemp("restarted") / "log", port, KEY) as running:
         yield running
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ import soak
 pytestmark = pytest.mark.server
 pytest.importorskip("opentelemetry.proto")
 FLAGS = (
-    f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048 "
-    "--max-num-seqs 12 --max-num-batched-tokens 512 --num-gpu-blocks-override 70 --enable-request-id-headers "
+    f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 1024 "
+    "--max-num-seqs 12 --max-num-batched-tokens 512 --num-gpu-blocks-override 36 --enable-request-id-headers "
     "--quest-audit 5 --quest-alias fast=128 --worker-extension-cls soak_worker.Auditor"
 )
 
@@ -50,6 +52,7 @@ def server(model_path: Path, traces: Collector, tmp_path_factory: pytest.TempPat
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         with run_server(command, tmp_path_factory.mktemp("operations") / "log") as running:
             yield running
+            assert running.stop() == 0, "SIGTERM ends it cleanly"
 
 
 def spans_of(traces: Collector, request_id: str, count: int = 1) -> list[dict[str, Any]]:
@@ -97,6 +100,13 @@ def test_every_route_has_its_budget_in_the_span(server: Server, traces: Collecto
     assert len(spans) == (2 if route == "several" else 1)
 
 
+def test_the_page_is_off_unless_asked_for(server: Server) -> None:
+    for path in ("/quest", "/quest/page.js", "/v1/quest/info", "/v1/quest/trace/5"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + path, timeout=20)
+        assert refused.value.code == 404
+
+
 def test_a_sweep_over_it(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--context 64,700 --batch 2 --budgets dense,128 --tokens 12".split()
     assert main(["bench", server.url, *arguments, "--output", str(tmp_path)]) == 0
@@ -106,14 +116,14 @@ def test_a_sweep_over_it(server: Server, tmp_path: Path, capsys: pytest.CaptureF
     assert all(record["prompt_tokens"] == [record["context"]] * 2 for record in document["rounds"])
     assert 100 < cells[700, 128]["mean_tokens_attended"] <= 128
     assert cells[700, 0]["mean_tokens_attended"] > 700 and cells[64, 128]["mean_tokens_attended"] > 64
-    assert document["servers"]["quest"]["sparse_attention"]["token_budget"]["max"] == 2048
+    assert document["servers"]["quest"]["sparse_attention"]["token_budget"]["max"] == 1024
     assert document["servers"]["quest"]["vllm"] in str(document["environment"]["versions"])
     assert "vs dense" in capsys.readouterr().out
 
 
 def test_a_sweep_refuses_a_budget_out_of_range(server: Server, tmp_path: Path, capsys: Any) -> None:
     assert main(["bench", server.url, "--context", "64", "--budgets", "32", "--output", str(tmp_path)]) == 2
-    assert "--budgets: expected dense, or 48 to 2048 on this server" in capsys.readouterr().err
+    assert "--budgets: expected dense, or 48 to 1024 on this server" in capsys.readouterr().err
 
 
 def test_unlike_budgets_in_shared_batches_answer_as_alone(server: Server) -> None:

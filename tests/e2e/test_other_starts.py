@@ -1,4 +1,4 @@
-"""Other ways to start a server, and starts that must fail with a reason."""
+"""Starts that must fail with a reason, and `quest-vllm check`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MODEL_NAME, run_server, serve_flags, server_environment, vllm_command
-from tests.e2e.test_server import prompt_ids, xargs
+from quest_vllm.cli import main
+from tests.e2e.conftest import serve_flags, server_environment
 
 pytestmark = pytest.mark.server
-
-
-def test_plain_vllm_with_two_api_servers(model_path: Path, tmp_path: Path) -> None:
-    flags = ["--attention-backend", "CUSTOM", "--api-server-count", "2"]
-    with run_server(vllm_command("serve", *serve_flags(model_path), *flags), tmp_path / "log") as server:
-        for seed in range(4):
-            server.client().completions.create(
-                model=MODEL_NAME,
-                prompt=prompt_ids(800, seed),
-                max_tokens=5,
-                extra_body=xargs(128) | {"ignore_eos": True},
-            )
-        # both API servers see the same totals
-        for _ in range(4):
-            assert server.metrics()['quest_decode_rows_total{path="sparse",reason="budget"}'] == 16
 
 
 def test_unknown_key_stops_the_start_and_names_the_nearest(model_path: Path) -> None:
@@ -45,9 +30,6 @@ def test_another_backend_is_a_usage_error() -> None:
     assert "FLASH_ATTN" in done.stderr
 
 
-def test_check_prints_the_configuration() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "quest_vllm.cli", "check"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "token_budget: 2048" in done.stdout
+def test_check_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert "token_budget: 2048" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import MODEL_NAME, Server
+from tests.e2e.conftest import KEY, MIN_BUDGET, MODEL_NAME, Server
 
 pytestmark = pytest.mark.server
 
@@ -98,15 +98,14 @@ def test_chat(server: Server, stream: bool) -> None:
 def test_bad_budget_is_refused_by_name(server: Server, path: str, value: Any) -> None:
     body: dict[str, Any] = {"model": MODEL_NAME, "max_tokens": 2, **xargs(value)}
     body |= {"prompt": "hi"} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
-    request = urllib.request.Request(
-        f"{server.url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(f"{server.url}/v1/{path}", json.dumps(body).encode(), headers)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 400
     message = json.loads(refused.value.read())["error"]["message"]
     assert "quest_token_budget" in message
-    assert "48" in message and "8192" in message
+    assert str(MIN_BUDGET) in message and "8192" in message
     assert json.dumps(value).strip('"') in message or repr(value) in message
 
 
@@ -117,7 +116,7 @@ def test_64_clients_with_mixed_budgets(server: Server) -> None:
         budget = [0, 64, 128, 512, 4096][number % 5]
         answer = server.client().completions.create(
             model=MODEL_NAME,
-            prompt=text(30 + 9 * number, number),
+            prompt=text(600 if number % 20 == 13 else 30 + 3 * number, number),  # some exceed the budget of 512
             max_tokens=8,
             extra_body=xargs(budget) | {"ignore_eos": True},
         )
@@ -153,14 +152,3 @@ def test_latency_histograms_by_budget_class(server: Server) -> None:
     for histogram in ("time_to_first_token", "inter_token_latency", "e2e_latency"):
         assert f"quest_{histogram}_seconds_bucket" in names
     assert "quest_token_budget_bucket" in names
-
-
-def test_the_page_is_off_unless_asked_for(server: Server) -> None:
-    for path in ("/quest", "/quest/page.js", "/v1/quest/info", "/v1/quest/trace/5"):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(server.url + path, timeout=20)
-        assert refused.value.code == 404
-
-
-def test_z_sigterm_ends_it_cleanly(server: Server) -> None:
-    assert server.stop() == 0

@@ -13,7 +13,7 @@ from quest_vllm.audit import AuditReport, audit_summaries
 
 pytestmark = pytest.mark.engine
 
-MAX_MODEL_LEN = 4096
+MAX_MODEL_LEN = 2048
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def llm(model_path: Path, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[An
         max_num_batched_tokens=512,
         max_num_seqs=8,
         block_size=32,
-        num_gpu_blocks_override=130,
+        num_gpu_blocks_override=82,
         enable_prefix_caching=True,
         seed=0,
         disable_log_stats=False,
@@ -152,18 +152,24 @@ def test_top_p_is_each_rows_own_and_is_counted(llm: Any) -> None:
     assert find_tally(903) is None  # a fixed budget: usage follows from lengths
 
 
+def counters(llm: Any) -> dict[str, float]:
+    """vLLM's own, so far."""
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+
+
 def test_summaries_survive_mixed_load(llm: Any) -> None:
     """Prefix hits, chunked prefill, preemption, n>1, aborts and budgets that swap between reused rows."""
     from vllm import SamplingParams
 
     rng = random.Random(3)
     engine = llm.llm_engine
-    shared = passkey_prompt(9, 60, seed=9)
+    shared = passkey_prompt(9, 40, seed=9)
+    before = counters(llm)
     for number in range(14):
-        text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 110), seed=number)
+        text = shared + f" {number}" if number % 3 == 0 else passkey_prompt(number, rng.randint(5, 60), seed=number)
         sampling = SamplingParams(
             temperature=0.8,
-            max_tokens=rng.randint(150, 400),
+            max_tokens=rng.randint(60, 160),
             ignore_eos=True,
             n=2 if number % 5 == 0 else 1,
             extra_args={
@@ -178,11 +184,11 @@ def test_summaries_survive_mixed_load(llm: Any) -> None:
         steps += 1
         if steps == 12:
             engine.abort_request(["load-3"])
-        if steps % 40 == 0:
+        if steps % 80 == 0:
             live_checked += audit(llm).live_pages_checked
     assert steps > 40
-    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert counters["vllm:num_preemptions"] > 0, counters
-    assert counters["vllm:prefix_cache_hits"] > 0
+    after = counters(llm)
+    assert after["vllm:num_preemptions"] > before["vllm:num_preemptions"], after
+    assert after["vllm:prefix_cache_hits"] > before["vllm:prefix_cache_hits"]
     assert live_checked > 0
     assert audit(llm).pages_checked > 1000

@@ -28,6 +28,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         "max_num_batched_tokens": 512,
         "max_num_seqs": 8,
         "block_size": 32,
+        "num_gpu_blocks_override": 160,  # 5120 tokens: an audit reads every block, used or not
         "seed": 0,
         "disable_log_stats": False,
     }
@@ -36,6 +37,8 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        # vLLM looks at a model class that is new to this machine in a process of its own: an import of vLLM each
+        patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look())
         try:
             llm = LLM(model=str(model), **{**defaults, **settings})
             try:

@@ -35,8 +35,9 @@ ONE_KV_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6
 @pytest.fixture(scope="module", autouse=True)
 def _processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        # vLLM-CPU binds each worker to a NUMA node of its own unless told which cores to take
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
+        # vLLM-CPU binds each worker to a NUMA node of its own unless told otherwise
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
         # functions travel to the workers, and what they return from them, as pickles
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         yield
