@@ -235,6 +235,8 @@ class ReferenceModel:
         policy = None if window is not None or module.layer_idx in run.dense_layers else run.policy
         if policy is None:
             return attend_to_tokens(step, prefix.values, in_window(step, window))[None], None
+        if self.masked:  # attention needs them in any case
+            step = replace(step, logits=token_logits(step))
         selected = policy.choose(step)
         if self.masked or run.page_size == 1:  # the operations want whole pages of sixteen
             return attend_to_tokens(step, prefix.values, as_mask(step, selected))[None], None

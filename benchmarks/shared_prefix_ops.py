@@ -49,9 +49,8 @@ def score_pages(
     shared = summaries[block_table[::rows, :-1].long()]
     own = summaries[block_table[:, -1:].long()]
     in_own = seq_lens - (block_table.shape[1] - 1) * pages_per_block * page_size
-    full = seq_lens.new_full((prefixes,), (block_table.shape[1] - 1) * pages_per_block * page_size)
     if page_summary == "key_codes":
-        first, last = (_coded(*side, scale) for side in ((every, shared, full), (grouped, own, in_own)))
+        first, last = _all_coded(every, shared, scale), _coded(grouped, own, in_own, scale)
         factor = 1.0
     else:
         first, last = (_boxed(*side, bound_radius) for side in ((every, shared), (grouped, own)))
@@ -81,6 +80,18 @@ def _coded(query: torch.Tensor, summaries: torch.Tensor, tokens: torch.Tensor, s
     starts = torch.arange(coded.shape[2], device=query.device) * key_codes.TOKENS
     held = (tokens[:, None] - starts).clamp(0, key_codes.TOKENS)[:, None].expand(coded.shape[:3])
     return key_codes.page_logits(query, coded, held, scale=scale)
+
+
+def _all_coded(query: torch.Tensor, summaries: torch.Tensor, scale: float) -> torch.Tensor:
+    """:func:`_coded` of whole blocks: the keys that codes stand for, then one product with every query head.
+
+    A key is what the codes make of the unit vectors as queries.
+    """
+    coded = key_codes.code_bytes(_by_head(summaries).contiguous())
+    units = torch.eye(query.shape[-1], device=query.device).expand(*coded.shape[:2], -1, -1)
+    shared, each = key_codes.split_logits(units, coded, 1.0)  # [reqs, num_kv_heads, head_dim, pages] and [..., 16]
+    keys = (shared[..., None] + each).flatten(-2)  # [reqs, num_kv_heads, head_dim, tokens]
+    return (query @ keys * scale).unflatten(-1, (-1, key_codes.TOKENS)).logsumexp(-1)
 
 
 def _boxed(query: torch.Tensor, summaries: torch.Tensor, bound_radius: float) -> torch.Tensor:

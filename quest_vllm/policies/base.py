@@ -18,7 +18,7 @@ class DecodeStep:
     ``page_budgets`` counts the forced ``sink_pages`` and ``recent_pages``. Rows may be of several ``prefixes``, as many
     of each and one after the other: blocks that all rows of a prefix share may then be read once. ``attended`` is there
     for policies that remember: how much attention the queries of the first tokens gave each of them, summed over a
-    group.
+    group. ``logits`` are :func:`quest_vllm.policies.logits.token_logits`, where somebody has them already.
     """
 
     query: torch.Tensor  # [num_reqs, num_q_heads, head_dim]
@@ -34,6 +34,7 @@ class DecodeStep:
     recent_pages: int = 2
     prefixes: int = 1
     attended: torch.Tensor | None = None  # [num_kv_heads, prefilled tokens] float32
+    logits: torch.Tensor | None = None  # [num_reqs, num_kv_heads, group, max_blocks * block_size] float32
 
 
 class PagePolicy(Protocol):
