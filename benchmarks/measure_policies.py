@@ -12,11 +12,11 @@ of the way from the original to the oracle a policy goes, ``minus_dense`` the pa
 Intervals are 95% bootstrap, over texts and over questions. Texts of even index choose a default, those of odd index
 confirm it; ``--places`` takes so many others instead, whose prefixes overlap but whose decoded tokens do not.
 
-Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, box, two-stage, oracle),
-split (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling
-of 1024, and fixed budgets beside them), top_p_oracle (the same with exact masses), characterise (one of each kind, a
-window and eviction among them), gap (what is served and two stages on it, from the original to the oracle), long (what
-is served at a budget of 2048).
+Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (original, box, two-stage, oracle), split
+(several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling of
+1024, and fixed budgets beside them; by the box), top_p_codes (by key codes), top_p_oracle (with exact masses),
+characterise (one of each kind, a window and eviction among them), gap (what is served and two stages on it, from the
+original to the oracle), long (what is served at a budget of 2048).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from quest_vllm.policies import (
 
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
-SWEEP_BUDGETS = {"top_p": (1024,), "top_p_oracle": (1024,), "long": (2048,)}
+SWEEP_BUDGETS = {"top_p": (1024,), "top_p_codes": (1024,), "top_p_oracle": (1024,), "long": (2048,)}
 METRICS = ("kl", "text_nll", "needle_nll", "needle_hits")
 SAVE_EVERY = 20.0  # seconds
 
@@ -169,6 +169,11 @@ class Counted:
         self.policy = policy
         self.pages = self.choices = self.all_pages = self.all_choices = 0
 
+    @property
+    def page_summary(self) -> str:
+        """What the policy reads of a page."""
+        return getattr(self.policy, "page_summary", "min_max")
+
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.PagePolicy`."""
         selected = self.policy.choose(step)
@@ -196,6 +201,13 @@ def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
     fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
     return counted(config, (*shares, *fixed))
+
+
+def top_p_codes_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """:func:`top_p_sweep` with what is served by default."""
+    shares = [(f"top_p {p:g}", Counted(KeyCodesPolicy(ops, "mass", top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9)]
+    fixed = [(f"budget {tokens}", Counted(KeyCodesPolicy(ops, "mass")), tokens) for tokens in (512, 384, 256)]
+    return counted(QuestConfig(page_size=page_size), (*shares, *fixed))
 
 
 def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
@@ -264,6 +276,7 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "selectors": selector_sweep,
     "split": split_sweep,
     "top_p": top_p_sweep,
+    "top_p_codes": top_p_codes_sweep,
     "top_p_oracle": top_p_oracle_sweep,
     "codes": code_sweep,
     "characterise": characterise_sweep,

@@ -254,7 +254,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             recent_pages=config.recent_pages,
             max_page_budget=rows.max_page_budget,
             top_p=rows.top_p,
-            mass_scale=mass_scale_of(config.group_reduction, self.scale),
+            mass_scale=mass_scale_of(config.group_reduction, self.scale, config.page_summary),
         )
         chosen = time.perf_counter()
         attended = ops.sparse_paged_attention(

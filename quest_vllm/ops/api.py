@@ -93,7 +93,7 @@ def compose(
         scores = score_pages(query, summaries, *rows, page_size=page_size, page_summary=page_summary, **scoring)
         options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, "page_size": page_size}
         if top_p is not None:
-            options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale)}
+            options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale, page_summary)}
         width = block_table.shape[1] * summaries.shape[2]
         selected = select_pages(scores, seq_lens, page_budgets, max_page_budget=width, **options)
         attended = sparse_paged_attention(

@@ -250,12 +250,12 @@ def _pages_for_mass(ranked_log_mass: torch.Tensor, take: torch.Tensor, top_p: to
     return torch.where(reached, index, take[:, :, None]).amin(dim=-1) if len(index) else take
 
 
-def mass_scale_of(group_reduction: str, scale: float) -> float:
-    """What a score of ``group_reduction`` is multiplied by to be the log of an estimated mass.
+def mass_scale_of(group_reduction: str, scale: float, page_summary: str) -> float:
+    """What a score is multiplied by to be the log of an estimated mass; ``scale`` is the attention's.
 
-    ``scale`` is the attention's.
+    Masses and whatever key codes promise are such logs already (:func:`score_pages`).
     """
-    return 1.0 if group_reduction == "mass" else scale
+    return 1.0 if group_reduction == "mass" or page_summary == "key_codes" else scale
 
 
 def sparse_paged_attention(

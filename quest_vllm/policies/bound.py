@@ -39,7 +39,8 @@ class BoundPolicy:
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
-        return select(self.ops, self.scores(step), step, self.top_p, mass_scale_of(self.group_reduction, step.scale))
+        mass_scale = mass_scale_of(self.group_reduction, step.scale, "min_max")
+        return select(self.ops, self.scores(step), step, self.top_p, mass_scale)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
         """See :class:`quest_vllm.policies.base.PagePolicy`; of a query head where each selects its own pages.

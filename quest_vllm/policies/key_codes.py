@@ -18,11 +18,13 @@ class KeyCodesPolicy:
 
     Unlike a box or means, they keep the sixteen tokens of a page apart, so that one key among them is not lost. Heads
     of a group are joined as ``group_reduction`` says. Reads every summary once, 4 * head_dim bytes a page and KV head,
-    and the keys and values of the selected pages.
+    and the keys and values of the selected pages: with ``top_p`` below 1 as few of the budget's pages as hold that
+    share of their estimated mass.
     """
 
     ops: Ops
     group_reduction: str = "max"
+    top_p: float = 1.0
     page_summary: ClassVar[str] = "key_codes"
 
     def scores(self, step: DecodeStep) -> torch.Tensor:
@@ -40,8 +42,11 @@ class KeyCodesPolicy:
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`; ``step.summaries`` hold codes."""
-        return select(self.ops, self.scores(step), step)
+        return select(self.ops, self.scores(step), step, self.top_p)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
-        """See :class:`quest_vllm.policies.base.PagePolicy`; of a query head where each selects its own pages."""
+        """See :class:`quest_vllm.policies.base.PagePolicy`; of a query head where each selects its own pages.
+
+        With ``top_p`` an upper limit.
+        """
         return num_pages * summary_bytes + min(num_pages, page_budget) * page_bytes

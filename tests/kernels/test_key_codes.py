@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quest_vllm.ops import cpu, key_codes, reference, torch_ops
 from quest_vllm.ops.key_codes import code_bytes, encode, page_logits, split_pairs
+from quest_vllm.page_layout import split_chunks
 from tests.kernels.test_cpu_ops import LAYOUTS, assert_close, make_case
 
 DIM = 64
@@ -117,6 +118,23 @@ def test_shapes_that_cannot_be_coded_are_refused(ops: Any, dim: int, page_size: 
         ops.update_page_summaries(case.key_cache, case.summaries, case.slots, **options)
     with pytest.raises((ValueError, RuntimeError), match=said):
         ops.score_pages(case.query, case.summaries, case.block_table, case.seq_lens, **options)
+
+
+@pytest.mark.parametrize("group_reduction", ["max", "mean", "per_query_head"])
+def test_a_score_is_the_log_of_a_mass_whatever_joins_the_heads(group_reduction: str) -> None:
+    """What top_p adds up: with one head to a group the three are the same."""
+    keys, scale = keys_of(3, pages=1), 0.125
+    views = split_chunks(torch.zeros(1, 1, 16, 2 * DIM + DIM // 8), DIM, 16)
+    views.keys[0, 0] = keys[0]
+    reference.update_page_summaries(
+        views.keys, views.summaries, torch.arange(16), page_size=16, page_summary="key_codes"
+    )
+    query, table = torch.randn(1, 1, DIM), torch.zeros(1, 1, dtype=torch.int32)
+    options = {"page_size": 16, "group_reduction": group_reduction, "scale": scale, "page_summary": "key_codes"}
+    score = reference.score_pages(query, views.summaries, table, torch.tensor([16], dtype=torch.int32), **options)
+    wanted = (estimates(keys, torch.tensor([16]))[0] @ query[0, 0] * scale).logsumexp(0)
+    found = score * reference.mass_scale_of(group_reduction, scale, "key_codes")
+    torch.testing.assert_close(found.flatten(), wanted.view(1), rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_summary_is_refused() -> None:

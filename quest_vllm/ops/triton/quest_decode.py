@@ -55,7 +55,7 @@ def quest_decode(
         recent_pages=recent_pages,
         max_page_budget=block_table.shape[1] * summaries.shape[2],
         top_p=top_p,
-        mass_scale=mass_scale_of(group_reduction, scale),
+        mass_scale=mass_scale_of(group_reduction, scale, page_summary),
         fill_tail=False,
     )
     return sparse_paged_attention(
