@@ -282,13 +282,16 @@ def closed(results: list[Result], budget: int, policy: str, metric: str) -> str:
 
 
 def swept(sweep: str) -> list[Result]:
-    """The newest document of each model and context, of any machine."""
-    found: dict[tuple[str, int], Result] = {}
+    """The newest document of each model, context and what was measured (texts, questions, both), of any machine."""
+    found: dict[tuple[str, ...], Result] = {}
     paths = (ROOT / "benchmarks/results").glob(f"*/*-{sweep}-*.json")
     for path in sorted(paths, key=lambda path: path.name):  # names begin with the date
         document = json.loads(path.read_text())
         if document.get("benchmark") == "page_policies":
-            found[document["model"], document["context"]] = document | {"path": str(path.relative_to(ROOT))}
+            measured = sorted(document["results"][0]["values"])
+            found[document["model"], f"{document['context']:9d}", *measured] = document | {
+                "path": str(path.relative_to(ROOT))
+            }
     return [found[key] for key in sorted(found)]
 
 

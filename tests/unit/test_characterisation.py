@@ -54,6 +54,18 @@ def test_the_gap_table_says_what_was_measured_and_how_much_of_the_gap_is_closed(
     assert ours[6] == ours[7] == ""  # no questions
 
 
+def test_texts_and_questions_of_separate_runs_both_show(tables: Any) -> None:
+    path = tables.ROOT / "benchmarks/results/h100/2026-01-03-gap-small-needles.json"
+    document = json.loads((path.parent / "2026-01-02-gap-small.json").read_text())
+    for one in document["results"]:
+        one["needle_hits"] = one.pop("kl")
+        one.pop("gap_closed", None)
+        one["values"] = {"needle_nll": [0.1]}
+    path.write_text(json.dumps(document))
+    measured = {cells_of(line)[0].split(", ")[-1] for line in tables.swept_gap_table()[2:]}
+    assert measured == {"2 texts", "1 questions"}
+
+
 def test_the_long_table_is_paired_with_dense(tables: Any) -> None:
     by_policy = {cells_of(line)[2]: cells_of(line) for line in tables.swept_long_table()[2:]}
     assert by_policy["key codes, mass"][4] == "0.100 (0.100 to 0.100)"
