@@ -58,6 +58,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "sink_pages": config.sink_pages,
             "recent_pages": config.recent_pages,
             "group_reduction": config.group_reduction,
+            "page_summary": config.page_summary,
         },
         "model": _describe_model(config.dense_layers, config.group_reduction == "per_query_head"),
         "max_body_bytes": config.max_body_bytes,
