@@ -62,7 +62,7 @@ run:
 # several servers and engines share the cores: threads that wait must not spin
 TESTS := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu"
 SERVERS := tests/deploy tests/e2e
-ENGINES := tests/engine tests/eval tests/features
+ENGINES := tests/engine tests/features
 
 # three processes, so that two cores are busy to the end: a start waits for one import of vLLM after the other, and tests
 # of one process share servers and engines. With ARGS= one process runs what that names

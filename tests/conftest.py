@@ -24,9 +24,10 @@ def model_path() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults come behind what shares the server that they kill, and speculation goes last.
+    """What leaves something behind comes later: engines leave torch with one thread, faults kill a shared server.
 
-    N-gram look-up imports numba, and vLLM 0.32 then starts no other engine in the process: its scan of all modules for
-    Triton kernels ends in "'_lib_fn_wrapper' object has no attribute 'get'" (llvmlite's).
+    Speculation goes last. N-gram look-up imports numba, and vLLM 0.32 then starts no other engine in the process: its
+    scan of all modules for Triton kernels ends in "'_lib_fn_wrapper' object has no attribute 'get'" (llvmlite's).
     """
-    items.sort(key=lambda item: {"test_faults.py": 1, "test_speculation.py": 2}.get(item.path.name, 0))
+    last = {"test_faults.py": 2, "test_speculation.py": 3}
+    items.sort(key=lambda item: last.get(item.path.name, int(item.get_closest_marker("engine") is not None)))

@@ -145,7 +145,7 @@ def test_async_client_with_mixed_budgets(api: Api) -> None:
                 *(
                     client.completions.create(
                         model=MODEL_NAME,
-                        prompt=prompt_ids(100 + 170 * number, number),
+                        prompt=prompt_ids(100 + 90 * number, number),
                         max_tokens=5 + number,
                         extra_body=sparse([0, 64, 128, 512][number % 4]) | EXACT,
                     )
@@ -321,7 +321,7 @@ def test_streams_side_by_side_keep_their_budgets_apart(api: Api) -> None:
         budget = [0, 64, 96, 256][number % 4]
         *_, last = api.client().completions.create(
             model=MODEL_NAME,
-            prompt=prompt_ids(60 + 25 * number, number),
+            prompt=prompt_ids(60 + 15 * number, number),
             max_tokens=4,
             stream=True,
             stream_options={"include_usage": True},

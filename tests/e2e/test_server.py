@@ -61,7 +61,7 @@ def test_budget_of_512_reads_512_tokens_a_head_and_step(server: Server) -> None:
 def test_zero_is_dense(server: Server) -> None:
     before = server.metrics()
     server.client().completions.create(
-        model=MODEL_NAME, prompt=prompt_ids(3000, 1), max_tokens=5, extra_body=xargs(0) | {"ignore_eos": True}
+        model=MODEL_NAME, prompt=prompt_ids(3000), max_tokens=5, extra_body=xargs(0) | {"ignore_eos": True}
     )
     assert grown(server, before, "quest_pages_selected_total") == 0
     assert grown(server, before, 'quest_decode_rows_total{path="dense",reason="no_budget"}') == 4
@@ -71,7 +71,7 @@ def test_default_budget_applies_to_long_requests_only(server: Server) -> None:
     before = server.metrics()
     client = server.client()
     client.completions.create(
-        model=MODEL_NAME, prompt=prompt_ids(2500, 2), max_tokens=3, extra_body={"ignore_eos": True}
+        model=MODEL_NAME, prompt=prompt_ids(2100, 2), max_tokens=3, extra_body={"ignore_eos": True}
     )
     client.completions.create(
         model=MODEL_NAME, prompt=prompt_ids(300, 2), max_tokens=3, extra_body={"ignore_eos": True}

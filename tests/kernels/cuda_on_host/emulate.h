@@ -1,11 +1,13 @@
-// Just enough of CUDA to run a warp's program on a CPU: 32 threads that meet wherever the warp does.
+// Just enough of CUDA to run a warp's program on a CPU: 32 lanes that take turns in one thread, each as far as the next
+// place where the warp meets.
 #pragma once
-#include <barrier>
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include <cuda_bf16.h>
@@ -28,11 +30,68 @@
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
-inline thread_local Index threadIdx, blockIdx;
-inline std::barrier<> warp_barrier(32);
+inline Index threadIdx, blockIdx;
 inline uint32_t exchange_slots[32];
 
-inline void __syncwarp() { warp_barrier.arrive_and_wait(); }
+// The lanes of one warp, each on a stack of its own.
+class Warp {
+ public:
+  static constexpr unsigned kLanes = 32;
+
+  // Runs `program` in every lane, whose number is its argument; from the last lane to the first if `backwards`. False:
+  // some lanes met once more often than others, which would hang a GPU.
+  static bool run(void (*program)(unsigned lane), bool backwards) {
+    static std::vector<char> stacks(kLanes * kStackBytes);
+    program_ = program;
+    for (bool first = true;; first = false) {
+      unsigned left = 0;
+      for (unsigned turn = 0; turn < kLanes; ++turn) {
+        lane_ = backwards ? kLanes - 1 - turn : turn;
+        running_ = true;
+        if (_setjmp(scheduler_) == 0) {
+          if (first) start(stacks.data() + lane_ * kStackBytes);
+          _longjmp(lanes_[lane_], 1);
+        }
+        left += running_;
+      }
+      if (left == 0) return true;
+      if (left < kLanes) return false;
+    }
+  }
+
+  // The calling lane waits here for its next turn.
+  static void meet() {
+    const Index thread = threadIdx, block = blockIdx;
+    if (_setjmp(lanes_[lane_]) == 0) _longjmp(scheduler_, 1);
+    threadIdx = thread;
+    blockIdx = block;
+  }
+
+ private:
+  static constexpr size_t kStackBytes = 128 * 1024;
+  static inline jmp_buf scheduler_, lanes_[kLanes];
+  static inline bool running_;
+  static inline unsigned lane_;
+  static inline void (*program_)(unsigned);
+
+  static void start(char* stack) {
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+  }
+
+  static void enter() {
+    program_(lane_);
+    running_ = false;
+    _longjmp(scheduler_, 1);
+  }
+};
+
+inline void __syncwarp() { Warp::meet(); }
 
 template <typename T>
 T exchange(T value, int from) {

@@ -1,25 +1,30 @@
-// csrc/cuda/write_kv.cu as a host function: every warp of the grid in turn, in the order given or the reverse.
+// csrc/cuda/write_kv.cu as a host function: every warp of the grid in turn, and its lanes, in the order given or the
+// reverse. 0: every lane came to the same meeting points.
 #include "emulate.h"
 
 #include "write_kv.cu"
 
-extern "C" void write_kv_on_host(const quest::WriteParams* p, int backwards) {
-  const int units = p->num_tokens * p->num_kv_heads;
-  std::vector<std::thread> lanes;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    lanes.emplace_back([=] {
-      for (int i = 0; i < units; ++i) {
-        const unsigned unit = backwards ? units - 1 - i : i;
-        blockIdx.x = unit / quest::kWarps;
-        threadIdx.x = unit % quest::kWarps * 32 + lane;
-        if (p->page_summary == quest::kKeyCodes) {
-          quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>(*p);
-        } else {
-          quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>(*p);
-        }
-        __syncwarp();
-      }
-    });
+static const quest::WriteParams* params;
+static bool reversed;
+
+static void run_lane(unsigned lane) {
+  const quest::WriteParams& p = *params;
+  const unsigned units = p.num_tokens * p.num_kv_heads;
+  for (unsigned i = 0; i < units; ++i) {
+    const unsigned unit = reversed ? units - 1 - i : i;
+    blockIdx.x = unit / quest::kWarps;
+    threadIdx.x = unit % quest::kWarps * 32 + lane;
+    if (p.page_summary == quest::kKeyCodes) {
+      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>(p);
+    } else {
+      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>(p);
+    }
+    __syncwarp();
   }
-  for (auto& lane : lanes) lane.join();
+}
+
+extern "C" int write_kv_on_host(const quest::WriteParams* p, int backwards) {
+  params = p;
+  reversed = backwards;
+  return Warp::run(run_lane, reversed) ? 0 : 1;
 }
