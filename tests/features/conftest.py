@@ -24,11 +24,11 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
     defaults: dict[str, Any] = {
         "attention_backend": "CUSTOM",
         "enforce_eager": True,
-        "max_model_len": 4096,
+        "max_model_len": 2048,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 8,
         "block_size": 32,
-        "num_gpu_blocks_override": 160,  # 5120 tokens: an audit reads every block, used or not
+        "num_gpu_blocks_override": 80,  # 2560 tokens: an audit reads every block, used or not
         "seed": 0,
         "disable_log_stats": False,
     }

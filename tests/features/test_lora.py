@@ -68,6 +68,6 @@ def test_adapters_switched_per_request(llm: Any, adapters: list[Any]) -> None:
 def test_covering_budget_equals_dense_for_each_adapter(llm: Any, adapters: list[Any]) -> None:
     order = [*adapters, adapters[0]]
     dense = generate(llm, order, [0] * 3)
-    covered = generate(llm, order, [4096] * 3)
+    covered = generate(llm, order, [2048] * 3)
     for one, other in zip(dense, covered, strict=True):
         assert largest_difference(one, other) <= 2 * NOISE

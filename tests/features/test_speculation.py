@@ -22,7 +22,7 @@ from tests.features.conftest import audit, counted_rows, engine, logprobs, param
 pytestmark = pytest.mark.engine
 
 STEPS, DRAFTS = 16, 3
-MAX_MODEL_LEN = 4096
+MAX_MODEL_LEN = 2048
 
 
 @pytest.fixture(scope="module")
