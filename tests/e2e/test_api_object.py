@@ -282,6 +282,8 @@ def test_the_route_describes_the_server(api: Api) -> None:
         "override_allowed": True,
     }
     assert answer["page_size"] == 16 and answer["policy"]["sink_pages"] == 1
+    # what "auto" became there
+    assert (answer["policy"]["page_summary"], answer["policy"]["group_reduction"]) == ("key_codes", "mass")
     model = answer["model"]
     assert (model["layers"], model["sparse_layers"], model["kv_heads"], model["selecting_heads"]) == (30, 28, 3, 3)
 
