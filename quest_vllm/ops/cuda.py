@@ -35,7 +35,7 @@ ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
-LARGEST_CLUSTER = 8  # by default, and what every Hopper can do: larger ones of 16 warps did not all find their SMs
+CLUSTER_SIZES = (8, 4, 3, 2)  # by default: larger ones did not all find their SMs, and 6 may not in a whole model
 
 
 @functools.cache
@@ -192,7 +192,7 @@ def _plan(
         return clusters <= _resident_clusters(*launch)
 
     if warps != 8 and shape.rows <= 8 and 16 in cuda_build.variants(shape.head_dim):
-        for size in range(LARGEST_CLUSTER, 1, -1) if cluster_size is None else (cluster_size,):
+        for size in CLUSTER_SIZES if cluster_size is None else (cluster_size,):
             pages = _shared_pages(shape, planes, size, ALL_SCORE_BYTES)
             if warps == 16 or together(size, 16, pages):
                 return size, 16, pages
