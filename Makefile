@@ -60,18 +60,19 @@ run:
 	exec $(BIN)/quest-vllm serve $(MODEL) $(SERVE_FLAGS) $(ARGS)
 
 # several servers and engines share the cores: threads that wait must not spin
-TESTS := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu"
+TESTS := env OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -q -m "not gpu"
 SERVERS := tests/deploy tests/e2e
 ENGINES := tests/engine tests/features
 
 # three processes, so that two cores are busy to the end: a start waits for one import of vLLM after the other, and tests
-# of one process share servers and engines. With ARGS= one process runs what that names
+# of one process share servers and engines. Servers wait the most, so they go first where cores are short. With ARGS= one
+# process runs what that names
 test: env kernels model
 ifneq ($(strip $(ARGS)),)
 	$(TESTS) $(ARGS)
 else
-	@mkdir -p build; $(TESTS) $(ENGINES) -p no:cacheprovider > build/test-engines.log 2>&1 & engines=$$!; \
-	$(TESTS) tests $(addprefix --ignore=,$(SERVERS) $(ENGINES)) -p no:cacheprovider > build/test-others.log 2>&1 & others=$$!; \
+	@mkdir -p build; nice -n 5 $(TESTS) $(ENGINES) -p no:cacheprovider > build/test-engines.log 2>&1 & engines=$$!; \
+	nice -n 5 $(TESTS) tests $(addprefix --ignore=,$(SERVERS) $(ENGINES)) -p no:cacheprovider > build/test-others.log 2>&1 & others=$$!; \
 	$(TESTS) $(SERVERS); status=$$?; for part in $$engines $$others; do wait $$part || status=1; done; \
 	cat build/test-engines.log build/test-others.log; exit $$status
 endif
