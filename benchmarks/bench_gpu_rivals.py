@@ -35,6 +35,7 @@ from bench_gpu_ops import (
     CASES,
     DIM,
     GROUP,
+    KEY_CODES,
     KV_HEADS,
     PAGE,
     SCALE,
@@ -270,8 +271,7 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float, names: lis
     case["fa3"] = layers.time(layers.dense)
     case["quest"] = layers.time(lambda views: layers.quest(views, cuda, budgets))
     layers.encode()
-    codes = {"page_summary": "key_codes", "group_reduction": "mass"}
-    case["quest_key_codes"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **codes))
+    case["quest_key_codes"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **KEY_CODES))
     case["limit"] = bytes_read / bandwidth
     layers.views = layers.views[:1] * len(layers.views)  # rivals bring caches of their own
     case["rivals"] = {name: measure(RIVALS[name][1], layers, budget) for name in names}

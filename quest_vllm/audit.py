@@ -45,10 +45,11 @@ def audit_summaries(worker: Any) -> AuditReport:
             continue
         views = split_chunks(layer.kv_cache, layer.impl.head_size, config.page_size)
         stored = stored_summaries(views.summaries, config)
-        fits = _fitting_rows(key_rows(views.keys, layer), stored, config)
+        written = (stored != 0).any(-1)
+        fits = _fitting_rows(key_rows(views.keys, layer), stored, written, config)
         report.layers += 1
         if owners[layer.kv_cache.data_ptr()] == 1:
-            _audit_blocks(name, _written(stored), fits, report)
+            _audit_blocks(name, written, fits, report)
         for blocks, length in compat.live_requests(worker, name):
             _audit_request(name, blocks, length, fits, report)
     return report
@@ -77,11 +78,7 @@ def summarise_rows(by_page: torch.Tensor, rows: int, config: QuestConfig) -> tor
     return torch.cat((written.amin(dim=-2), written.amax(dim=-2)), dim=-1)
 
 
-def _written(stored: torch.Tensor) -> torch.Tensor:
-    return (stored != 0).any(-1)
-
-
-def _fitting_rows(keys: torch.Tensor, stored: torch.Tensor, config: QuestConfig) -> torch.Tensor:
+def _fitting_rows(keys: torch.Tensor, stored: torch.Tensor, written: torch.Tensor, config: QuestConfig) -> torch.Tensor:
     """``[blocks, heads, pages, page_size]`` bool: whether a page's summary is that of its first 1, 2, ... rows.
 
     Nearly all pages are full: fewer rows are tried where all of them do not fit, in pages that were written.
@@ -89,7 +86,7 @@ def _fitting_rows(keys: torch.Tensor, stored: torch.Tensor, config: QuestConfig)
     by_page = keys.unflatten(2, (-1, config.page_size))
     fits = torch.zeros(by_page.shape[:-1], dtype=torch.bool, device=keys.device)
     fits[..., -1] = (stored == summarise_rows(by_page, config.page_size, config)).all(-1)
-    rest = _written(stored) & ~fits[..., -1]
+    rest = written & ~fits[..., -1]
     some, kept = by_page[rest], stored[rest]
     tried = [(kept == summarise_rows(some, rows, config)).all(-1) for rows in range(1, config.page_size)]
     fits[rest] = torch.stack([*tried, fits[rest][:, -1]], dim=-1)

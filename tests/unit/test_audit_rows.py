@@ -31,7 +31,7 @@ def test_fitting_rows_are_those_that_trying_every_count_finds(
         stored[0, 1, 0, 3] += 1
     wanted = (stored.unsqueeze(3) == every).all(-1)
     written = (stored != 0).any(-1)
-    fits = _fitting_rows(keys, stored, config)
+    fits = _fitting_rows(keys, stored, written, config)
     # where all rows fit, nothing asks whether fewer do
     full = wanted[..., -1]
     assert torch.equal(fits[..., -1], full)
