@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from quest_vllm import compat
-from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.accounting import LayerGroup
 from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table
 from quest_vllm.capabilities import QuestCapabilities
@@ -35,12 +35,14 @@ from quest_vllm.layers import (
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
+from quest_vllm.step_log import StepLog
 from quest_vllm.token_rows import StepRows, VerifyBuffers, step_rows, uniform_width
 
 _flash = compat.flash_attention()
 _backend = compat.attention_backend()
 
 ALL_PAGES = np.iinfo(np.int32).max
+STOCK_FIELDS = tuple(field.name for field in dataclasses.fields(_flash.FlashAttentionMetadata))
 
 
 class QuestCudaBackend(QuestCapabilities, _flash.FlashAttentionBackend):  # type: ignore[misc,name-defined]
@@ -119,6 +121,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.page_budgets = torch.full((max_num_reqs,), ALL_PAGES, dtype=torch.int32, device=device)
+        self.sent_budgets = np.full(max_num_reqs, ALL_PAGES, dtype=np.int32)  # what page_budgets holds
         self.is_v2 = bool(vllm_config.use_v2_model_runner)
         self.verify_width = compat.verify_width(vllm_config)
         self.verify = self._verify_buffers(kv_cache_spec.block_size) if self.use_full_cuda_graph else None
@@ -132,6 +135,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             page_size=self.config.page_size,
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
         )
+        self.step_log = StepLog(self.group)
 
     def _verify_buffers(self, block_size: int) -> VerifyBuffers | None:
         """Room for the largest verify step that a graph is captured for; None without speculation."""
@@ -165,10 +169,9 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         metadata = self._stock(common)
         if self.num_sparse_layers == 0:
             return metadata
-        width = uniform_width(common.query_start_loc_cpu.numpy())
         if common.max_query_len == 1:
             metadata.sparse = self._whole_step(common, step)
-        elif self.verify is not None and self._fits(common, width):
+        elif self.verify is not None and self._fits(common, width := uniform_width(common.query_start_loc_cpu.numpy())):
             metadata.sparse = self._verify_step(common, step, self.verify, width)
             # its own schedule is made in the launch: the builder has one buffer, which the dense layers' needs
             rest = common.replace(seq_lens=self.verify.dense_lens[: common.num_reqs])
@@ -189,7 +192,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
 
     def _stock(self, common: Any, fast_build: bool = False) -> QuestCudaMetadata:
         stock = super().build(0, common, fast_build)
-        return QuestCudaMetadata(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
+        return QuestCudaMetadata(**{name: getattr(stock, name) for name in STOCK_FIELDS})
 
     def _classify(self, common: Any) -> SortedStep | None:
         """Sort the step's rows on the host, and count them; None where the host does not know their lengths.
@@ -208,7 +211,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         rows = step_rows(common.query_start_loc_cpu.numpy()[: num_reqs + 1], seq_lens, prefilling)
         budgets = get_budget_table().rows(num_reqs, slots)[rows.requests]
         classes = classify_rows(rows.query_lens, rows.seq_lens, prefilling[rows.requests], budgets, self.config)
-        record_step(self.group, classes, rows, budgets)
+        self.step_log.add(classes, rows, budgets)
         self.audit.step(classes, rows, common.block_table_tensor)
         return SortedStep(rows, classes)
 
@@ -225,7 +228,9 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             host = np.full(num_reqs, ALL_PAGES, dtype=np.int32)
             sparse = step.classes.sparse
             host[step.rows.requests[sparse]] = step.classes.page_budgets[sparse]
-            self.page_budgets[:num_reqs].copy_(self._staged(host), non_blocking=True)
+            if not np.array_equal(host, self.sent_budgets[:num_reqs]):  # most steps change nothing
+                self.sent_budgets[:num_reqs] = host
+                self.page_budgets[:num_reqs].copy_(self._staged(host), non_blocking=True)
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,

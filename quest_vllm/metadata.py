@@ -59,24 +59,26 @@ def classify_rows(
     A budget below the forced pages is raised to them here: the API refuses it, but a worker never fails on it.
     """
     page_size = config.page_size
-    num_pages = -(-seq_lens // page_size)
-    wanted = np.maximum(token_budgets, config.min_token_budget)
-    page_budgets = -(-wanted // page_size)
-    decode = (query_lens > 0) & ~is_prefilling
-    adaptive = np.zeros_like(decode)
-    if top_ps is not None:
-        adaptive = decode & (token_budgets > 0) & (top_ps < 1) & (num_pages > config.sink_pages + config.recent_pages)
-    page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
-    covered = (page_budgets >= num_pages) & ~adaptive
-    sparse = decode & (token_budgets > 0) & ~covered
+    num_pages = (seq_lens + (page_size - 1)) // page_size
+    page_budgets = -(-np.maximum(token_budgets, config.min_token_budget) // page_size)  # up to int32's end
+    chunk = query_lens > 0
+    decode = chunk & ~is_prefilling
+    budgeted = decode & (token_budgets > 0)
+    if top_ps is None:
+        adaptive = np.zeros_like(decode)
+        covered = page_budgets >= num_pages
+    else:
+        adaptive = budgeted & (top_ps < 1) & (num_pages > config.sink_pages + config.recent_pages)
+        page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
+        covered = (page_budgets >= num_pages) & ~adaptive
     return RowClasses(
-        sparse=sparse,
-        page_budgets=page_budgets.astype(np.int32),
-        num_pages=num_pages.astype(np.int32),
+        sparse=budgeted & ~covered,
+        page_budgets=page_budgets.astype(np.int32, copy=False),
+        num_pages=num_pages.astype(np.int32, copy=False),
         dense_reasons={
-            "prefill": is_prefilling & (query_lens > 0),
-            "no_budget": decode & (token_budgets <= 0),
-            "budget_covers_context": decode & (token_budgets > 0) & covered,
+            "prefill": chunk & is_prefilling,
+            "no_budget": decode & ~budgeted,
+            "budget_covers_context": budgeted & covered,
         },
         adaptive=adaptive,
     )

@@ -50,7 +50,9 @@ def step_rows(query_start: IntArray, seq_lens: IntArray, is_prefilling: BoolArra
     ``query_start`` is ``[num_reqs + 1]``; ``seq_lens`` (the step's tokens included) and ``is_prefilling`` are
     ``[num_reqs]``. A request without tokens has no row.
     """
-    lengths = np.diff(query_start).astype(np.int32)
+    lengths = query_start[1:] - query_start[:-1]
+    if (lengths == 1).all() and not is_prefilling.any():  # plain decode: quicker than the general way
+        return _one_each(seq_lens)
     counts = np.where(is_prefilling, lengths > 0, lengths).astype(np.int32)
     requests = np.repeat(np.arange(len(lengths)), counts)
     within = _within(counts)
@@ -63,6 +65,13 @@ def step_rows(query_start: IntArray, seq_lens: IntArray, is_prefilling: BoolArra
         lags=lags,
         stored=(seq_lens - lengths)[requests].astype(np.int32),
     )
+
+
+def _one_each(seq_lens: IntArray) -> StepRows:
+    """One decode token a request."""
+    count = len(seq_lens)
+    index, ones = np.arange(count), np.ones(count, np.int32)
+    return StepRows(index, index, ones, seq_lens.astype(np.int32), np.zeros(count, np.int32), seq_lens - ones)
 
 
 def _within(counts: IntArray) -> npt.NDArray[np.int64]:

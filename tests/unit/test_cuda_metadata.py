@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from quest_vllm import backend_cuda
-from quest_vllm.accounting import LayerGroup
 from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaMetadata, QuestCudaMetadataBuilder
 from quest_vllm.budget import BudgetTable
@@ -30,8 +29,10 @@ class Builder(QuestCudaMetadataBuilder):
     def __init__(self, table: BudgetTable, verify: bool = True) -> None:
         self.device, self.block_size, self.config = torch.device("cpu"), BLOCK, QuestConfig()
         self.num_sparse_layers, self.audit, self.is_v2 = 28, OnlineAudit({}, 0), True
-        self.group = LayerGroup(28, 3, 3, 64, 2, 16, False)
+        self.counted: list[tuple[Any, ...]] = []
+        self.step_log = SimpleNamespace(add=lambda *step: self.counted.append(step))
         self.page_budgets = torch.full((MAX_REQS,), ALL_PAGES, dtype=torch.int32)
+        self.sent_budgets = np.full(MAX_REQS, ALL_PAGES, dtype=np.int32)
         self.verify_width = WIDTH
         self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device) if verify else None
         self.stock_builds: list[tuple[torch.Tensor, bool]] = []
@@ -55,7 +56,6 @@ def table(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
     """The process's budgets, by slot."""
     budgets = BudgetTable()
     monkeypatch.setattr(backend_cuda, "get_budget_table", lambda: budgets)
-    monkeypatch.setattr(backend_cuda, "record_step", lambda *_: None)
     return budgets
 
 
@@ -132,6 +132,17 @@ def test_one_token_a_request_is_a_decode_step(table: BudgetTable) -> None:
     metadata = builder.build(0, common_metadata([1, 1], [800, 800], [3, 1], padded_to=4))
     assert metadata.rest is None and metadata.sparse.served is None
     assert metadata.sparse.page_budgets.tolist() == [16, ALL_PAGES, ALL_PAGES, ALL_PAGES]
+
+
+def test_budgets_travel_only_when_they_change(table: BudgetTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder, sent = Builder(table), list[list[int]]()
+    monkeypatch.setattr(Builder, "_staged", lambda _, array: sent.append(array.tolist()) or torch.from_numpy(array))
+    table.set(3, 256)
+    for lengths, slots in (([800, 90], [3, 1]), ([801, 91], [3, 1]), ([802], [3]), ([92, 803], [1, 3]), ([804], [3])):
+        rows = builder.build(0, common_metadata([1] * len(slots), lengths, slots)).sparse
+        assert rows.page_budgets.tolist() == [16 if slot == 3 else ALL_PAGES for slot in slots]
+    assert sent == [[16, ALL_PAGES], [ALL_PAGES, 16], [16]]
+    assert [step.seq_lens.tolist() for _, step, _ in builder.counted[:2]] == [[800, 90], [801, 91]]
 
 
 @pytest.mark.parametrize(("width", "room"), [(WIDTH, False), (WIDTH + 1, True)])
