@@ -148,9 +148,18 @@ __device__ __forceinline__ void put(const float4* place, int rank, float4 value)
                "f"(value.y), "f"(value.z), "f"(value.w)
                : "memory");
 }
+__device__ __forceinline__ void put(const int* place, int rank, int value) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(peer_address(place, rank)), "r"(value) : "memory");
+}
 __device__ __forceinline__ int get(const int* place, int rank) {
   int value;
   asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(peer_address(place, rank)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ unsigned long long get(const unsigned long long* place, int rank) {
+  unsigned long long value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(peer_address(place, rank)) : "memory");
   return value;
 }
 

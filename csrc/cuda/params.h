@@ -20,18 +20,20 @@ struct DecodeParams {
   const int32_t* block_table;   // [num_reqs, max_blocks]
   const int32_t* seq_lens;      // [num_reqs]
   const int32_t* page_budgets;  // [num_reqs]
+  const float* top_p;           // [num_reqs], share of the budget's mass; null: all of it
   float* scores;                // [num_reqs, H, max_pages]; null when all stages run
   float* score_scratch;         // [num_reqs, H, rows or 1, plane_pages]; null when a CTA's share fits shared memory
   int32_t* listed;              // [num_reqs, H, max_pages + kMaxCluster], chosen pages for which shared memory is too small
   uint8_t* chosen;              // [num_reqs, H, max_pages], 1 where a page is chosen; null when all stages run and nobody asks
   void* out;                    // [num_reqs, H * rows, D]
+  int32_t* taken;               // [num_reqs, H], pages attended to; null: nobody asks
   int64_t* timeline;            // [num_reqs, H, cluster_size, kMarks] clock ticks of a CTA; null: not measured
   int64_t query_req_stride, query_head_stride;
   int64_t key_block_stride, key_head_stride, key_row_stride;
   int64_t value_block_stride, value_head_stride, value_row_stride;
   int64_t summary_block_stride, summary_head_stride, summary_page_stride, summary_bound_stride;
   int64_t table_req_stride;
-  int64_t out_req_stride, out_head_stride;
+  int64_t out_req_stride, out_head_stride, taken_req_stride;
   int32_t num_reqs, num_select_heads, rows, heads_per_kv;
   int32_t page_shift, block_shift;  // log2 of tokens in a page and of pages in a block
   int32_t max_pages;
@@ -41,6 +43,7 @@ struct DecodeParams {
   uint32_t cluster_inverse;  // 2^31 over cluster_size, rounded up
   int32_t plane_pages;  // room for scores: of a CTA's pages in its shared memory, or of a row's in score_scratch
   float bound_radius, scale, softcap;
+  float mass_unit;  // what a score is multiplied by to be log2 of a mass
 };
 
 struct WriteParams {

@@ -6,7 +6,7 @@
 // Compiled once per head_dim and number of warps: -DQUEST_HEAD_DIM=64, 128 or 256, -DQUEST_WARPS=8 or 16.
 #include "attend.cuh"
 #include "score.cuh"
-#include "select.cuh"
+#include "share.cuh"
 
 namespace quest {
 
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   mark(p, 1);
   float2 range = make_float2(0.f, 0.f);
   // no score is needed where nothing competes, unless somebody reads them
-  const bool competition = !row.dense && row.ranked > 0 && row.ranked < row.last - row.first;
+  const bool adaptive = row.top_p < 1.f && row.ranked > 0;
+  const bool competition = adaptive || (!row.dense && row.ranked > 0 && row.ranked < row.last - row.first);
   if (p.stages == kScore ? row.total > 0 : competition && (p.stages & kScore)) {
     range = Scorer(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
     if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
@@ -83,27 +84,37 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   if (!Estimate<T, D, kHeadTiles>::kKeepsQuery) query.load(p, row.req, row.head);
   mark(p, 2);
   PageSelector selector(row, shared, buffer);
+  ShareSelector by_mass(row, shared, buffer, p.mass_unit);
   uint8_t* chosen = p.chosen + row_index * p.max_pages;
   const int32_t* list = nullptr;
   int entries = row.count;
   if (p.stages != kScore && !row.dense) {
     const bool select = p.stages & kSelect;
     if (select) selector.find_threshold(range);
+    if (select && adaptive) by_mass.find([&](int i) { return selector.chooses(i); });
+    const auto chooses = [&](int i) { return selector.chooses(i) && by_mass.needs(i); };
     if (select && p.chosen != nullptr) {
       row.each_page([&](int i) {
-        if (i < row.count) chosen[row.page(i)] = selector.chooses(i);
+        if (i < row.count) chosen[row.page(i)] = chooses(i);
       });
     }
     int32_t* spare = p.listed + row_index * (p.max_pages + kMaxCluster) + row.rank * share;
     entries = list_pages(row, shared, spare, list, [&](int i) {
-      return select ? selector.chooses(i) : i < row.count && chosen[row.page(i)];
+      return select ? chooses(i) : i < row.count && chosen[row.page(i)];
     });
   }
+  if (p.taken != nullptr && threadIdx.x == 0) put(&shared.taken_inbox[row.rank], row.peer(0), entries);
   mark(p, 3);
   if (p.stages & kAttend) {
     PageAttention<T, D, kHeadTiles>(p, row, window, list, entries).run(query, shared, reinterpret_cast<float*>(window), inbox);
   } else {
     cluster_sync();  // nobody leaves while others write to its inbox
+  }
+  if (p.taken != nullptr && threadIdx.x == 0 && row.rank == 0) {
+    int taken = 0;
+#pragma unroll 1
+    for (int c = 0; c < row.size; ++c) taken += shared.taken_inbox[c];
+    p.taken[row.req * p.taken_req_stride + row.head] = taken;
   }
   mark(p, 5);
 }

@@ -7,6 +7,7 @@ namespace quest {
 // Score groups and attention tiles that are worth a CTA. A CTA then scores at most 144 pages or its part of the longest
 // context over the whole cluster: cuda.py sizes the buffer so.
 constexpr int kMinimumWork = 16;
+using MassSum = unsigned long long;  // estimated masses in fixed point
 constexpr int kListed = 512;  // chosen pages of a CTA that it lists in shared memory
 
 // Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
@@ -19,12 +20,14 @@ struct alignas(128) Shared {
   float2 softmax_inbox[kMaxCluster][kMaxRows];  // each CTA's (max, sum) of its part of the attention
   float2 warp_softmax[kWarps][kMaxRows];
   float2 mass_range;
+  MassSum mass_scan[kWarps], mass_above, forced_mass;  // see share.cuh
   float log_sum[kMaxRows];                      // log2 of a head's sum of exp2 over all pages
   int histogram[kBins];
   int32_t listed[kListed];
   int scan[kWarps];
   int threshold_bin, above, in_bin, in_bin_before;
   int num_candidates;
+  int taken_inbox[kMaxCluster];  // pages that each CTA attends to
 };
 
 // One row: a request and a selection head. All CTAs of a cluster see the same one. Of every `size` neighbouring pages a
@@ -39,7 +42,8 @@ struct Row {
   uint32_t inverse;         // 2^31 over `size`, rounded up
   int turn;                 // the cluster's CTA that has rank 0: not always the cluster's first
   int count;                // pages that this CTA owns
-  bool dense;               // the budget covers the context
+  float top_p;              // share of the budget's mass that is enough; 1: the budget is spent
+  bool dense;               // the budget covers the context, and all of it is wanted
 
   // What is known before the row's length is, as if all CTAs had work.
   __device__ __forceinline__ static Row guess(const DecodeParams& p) {
@@ -61,10 +65,11 @@ struct Row {
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
+    row.top_p = p.top_p == nullptr ? 1.f : p.top_p[row.req];
     row.total = min((row.seq_len + (1 << p.page_shift) - 1) >> p.page_shift, p.max_pages);
     row.take = max(min(budget, row.total), 0);
     // not `take == total`: ptxas 13.0.88 compiles that to a wrong answer after the clamp above
-    row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend);
+    row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend) && !(row.top_p < 1.f);
     const int recent = min(p.recent_pages, row.take);
     const int sink = min(min(p.sink_pages, max(row.total - p.recent_pages, 0)), row.take - recent);
     row.first = sink;

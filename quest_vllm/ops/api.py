@@ -64,7 +64,9 @@ def compose(
 
     Its positional arguments are ``query``, ``key_cache``, ``value_cache``, ``summaries``, ``block_table``, ``seq_lens``
     and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it (or
-    to the pages that hold ``top_p`` of its mass, where that is given).
+    to the pages that hold ``top_p`` of its mass, where that is given: ``[num_reqs]`` float32, see
+    :func:`quest_vllm.ops.reference.select_pages`). ``taken`` ``[num_reqs, num_select_heads]`` int32, its last dimension
+    contiguous, receives the number of pages attended to.
     Returns ``out``, ``[num_reqs, num_q_heads, head_dim]``, made when None.
     """
 
@@ -87,6 +89,7 @@ def compose(
         recent_pages: int = 2,
         top_p: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
@@ -96,6 +99,8 @@ def compose(
             options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale, page_summary)}
         width = block_table.shape[1] * summaries.shape[2]
         selected = select_pages(scores, seq_lens, page_budgets, max_page_budget=width, **options)
+        if taken is not None:
+            taken.copy_((selected >= 0).sum(dim=-1))
         attended = sparse_paged_attention(
             query, key_cache, value_cache, *rows, selected, page_size=page_size, scale=scale, softcap=softcap
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from quest_vllm.ops.cuda_params import (
     DecodeParams,
     WriteParams,
 )
+from quest_vllm.ops.reference import mass_scale_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
@@ -325,7 +327,9 @@ def quest_decode(
     page_summary: str = "min_max",
     sink_pages: int = 1,
     recent_pages: int = 2,
+    top_p: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
     chosen: torch.Tensor | None = None,
     timeline: torch.Tensor | None = None,
     cluster_size: int | None = None,
@@ -334,10 +338,11 @@ def quest_decode(
     """Score, select and attend in one launch: the composition of the reference's three operations.
 
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``; a row whose ``page_budgets`` entry covers its context attends to
-    all of it. Returns ``out`` (made when None), the query's shape and dtype. ``chosen`` (zeros ``[num_reqs,
-    num_select_heads, max_pages]`` uint8) receives a 1 for each page of the rows that choose; ``timeline`` (``[num_reqs,
-    num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA: 8, or 16
-    (head_dim up to 128, at most 8 query heads a selection); None chooses.
+    all of it, or, with ``top_p``, to the pages that hold that share of its mass. ``taken`` as in
+    :func:`quest_vllm.ops.api.compose`. Returns ``out`` (made when None), the query's shape and dtype. ``chosen`` (zeros
+    ``[num_reqs, num_select_heads, max_pages]`` uint8) receives a 1 for each page of the rows that choose; ``timeline``
+    (``[num_reqs, num_select_heads, cluster_size, 6]`` int64) each CTA's clock at the stages' ends. ``warps`` of a CTA:
+    8, or 16 (head_dim up to 128, at most 8 query heads a selection); None chooses.
     """
     params, shape = _common(
         query,
@@ -360,8 +365,24 @@ def quest_decode(
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
+    # masses that are joined over heads are powers of two until they leave the kernel
+    unit = 1.0 if group_reduction == "mass" else math.log2(math.e) * mass_scale_of(group_reduction, scale, page_summary)
+    _set_top_p(params, top_p, unit)
+    if taken is not None:
+        _check_index(taken, "taken")
+        if taken.shape != (shape.num_reqs, shape.num_select_heads):
+            raise ValueError(f"taken: expected {(shape.num_reqs, shape.num_select_heads)}, got {tuple(taken.shape)}")
+        params.taken, params.taken_req_stride = taken.data_ptr(), taken.stride(0)
     _launch_decode(params, shape, query, cluster_size, warps, timeline)
     return out
+
+
+def _set_top_p(params: DecodeParams, top_p: torch.Tensor | None, unit: float) -> None:
+    """``unit``: what a score is multiplied by to be log2 of a mass."""
+    params.mass_unit = unit
+    if top_p is not None:
+        _check_index(top_p, "top_p", torch.float32)
+        params.top_p = top_p.data_ptr()
 
 
 def score_pages(
@@ -401,6 +422,8 @@ def select_pages(
     sink_pages: int = 1,
     recent_pages: int = 2,
     max_page_budget: int,
+    top_p: torch.Tensor | None = None,
+    mass_scale: float = 1.0,
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Run the selection stage alone; see :func:`quest_vllm.ops.reference.select_pages`."""
@@ -418,6 +441,7 @@ def select_pages(
     scores = page_scores.contiguous()
     params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
+    _set_top_p(params, top_p, math.log2(math.e) * mass_scale)
     _launch_decode(params, shape, query, cluster_size)
     return _as_list(chosen, max_page_budget)
 

@@ -19,20 +19,20 @@ class DecodeParams(ctypes.Structure):
     """One launch of quest_decode; see csrc/cuda/params.h for the shapes."""
 
     _fields_ = [
-        *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets"),
-        *_fields(ctypes.c_void_p, "scores score_scratch listed chosen out timeline"),
+        *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets top_p"),
+        *_fields(ctypes.c_void_p, "scores score_scratch listed chosen out taken timeline"),
         *_fields(ctypes.c_int64, "query_req_stride query_head_stride"),
         *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),
         *_fields(ctypes.c_int64, "value_block_stride value_head_stride value_row_stride"),
         *_fields(ctypes.c_int64, "summary_block_stride summary_head_stride summary_page_stride summary_bound_stride"),
-        *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride"),
+        *_fields(ctypes.c_int64, "table_req_stride out_req_stride out_head_stride taken_req_stride"),
         *_fields(ctypes.c_int32, "num_reqs num_select_heads rows heads_per_kv"),
         *_fields(ctypes.c_int32, "page_shift block_shift max_pages"),
         *_fields(ctypes.c_int32, "sink_pages recent_pages reduction stages page_summary"),
         ("cluster_size", ctypes.c_int32),
         ("cluster_inverse", ctypes.c_uint32),
         ("plane_pages", ctypes.c_int32),
-        *_fields(ctypes.c_float, "bound_radius scale softcap"),
+        *_fields(ctypes.c_float, "bound_radius scale softcap mass_unit"),
     ]
 
     def set_cluster(self, size: int) -> None:

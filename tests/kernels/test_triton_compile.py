@@ -67,8 +67,10 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
     "select_pages_kernel": (
         "select_pages",
         [
-            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True, "HAS_TOP_P": False},
-            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False, "HAS_TOP_P": True},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True}
+            | {"HAS_TOP_P": False, "HAS_TAKEN": True},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False}
+            | {"HAS_TOP_P": True, "HAS_TAKEN": False},
         ],
     ),
     "attend_splits_kernel": (

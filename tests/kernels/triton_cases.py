@@ -349,13 +349,15 @@ def test_what_top_p_leaves_of_a_budget_is_padding(device: torch.device) -> None:
     rows = (case.block_table, case.seq_lens, torch.tensor([12, 9], dtype=torch.int32, device=device))
     top_p = torch.tensor([0.6, 1.0], device=device)
     options: dict[str, Any] = {"page_size": case.page_size, "scale": 64**-0.5, "top_p": top_p}
-    got = ops.quest_decode(case.query, *caches, *rows, **options)
+    counts = torch.full((5, 2, case.views.keys.shape[1]), -1, dtype=torch.int32, device=device)
+    got = ops.quest_decode(case.query, *caches, *rows, taken=counts[3], **options)
     scores = score(case, ops.score_pages, "max", 1.0)
     selected = ops.select_pages(
         scores, *rows[1:], page_size=case.page_size, max_page_budget=12, top_p=top_p, mass_scale=64**-0.5
     )
     taken = (selected >= 0).sum(-1)
     assert (taken[0] < 12).all() and (taken[1] == 9).all()
+    assert torch.equal(counts[3], taken.int()) and (counts[[0, 1, 2, 4]] == -1).all()
     assert torch.equal(got, attend(case, selected, ops.sparse_paged_attention))
 
 

@@ -29,6 +29,7 @@ def quest_decode(
     recent_pages: int = 2,
     top_p: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score, select and attend; see :func:`quest_vllm.ops.api.compose` for arguments and result.
 
@@ -56,6 +57,7 @@ def quest_decode(
         max_page_budget=block_table.shape[1] * summaries.shape[2],
         top_p=top_p,
         mass_scale=mass_scale_of(group_reduction, scale, page_summary),
+        taken=taken,
         fill_tail=False,
     )
     return sparse_paged_attention(

@@ -125,18 +125,21 @@ def select_pages_kernel(
     budget_ptr,  # [num_reqs] int32
     top_p_ptr,  # [num_reqs] float32, unless not HAS_TOP_P
     selected_ptr,  # [num_reqs, num_score_heads, max_page_budget] int32
+    taken_ptr,  # [num_reqs, num_score_heads] int32, unless not HAS_TAKEN
     max_page_budget,
     mass_scale,
     score_req_stride,
     score_head_stride,
     selected_req_stride,
     selected_head_stride,
+    taken_req_stride,
     PAGE_SIZE: tl.constexpr,
     SINK_PAGES: tl.constexpr,
     RECENT_PAGES: tl.constexpr,
     TILE: tl.constexpr,
     FILL_TAIL: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
+    HAS_TAKEN: tl.constexpr,
 ):
     """Forced pages are ranges of indices, so only the pages between them are ranked."""
     head = tl.program_id(0).to(tl.int64)
@@ -174,6 +177,8 @@ def select_pages_kernel(
         tl.store(selected_row + position, page, mask=chosen)
         written += tl.sum(chosen.to(tl.int32), axis=0)
         equals += tl.sum(equal.to(tl.int32), axis=0)
+    if HAS_TAKEN:
+        tl.store(taken_ptr + req * taken_req_stride + head, written)
     if FILL_TAIL or HAS_TOP_P:  # a consumer that is told the budgets does not know where a share ends
         end = take
         if FILL_TAIL:
@@ -195,6 +200,7 @@ def select_pages(
     top_p: torch.Tensor | None = None,
     mass_scale: float = 1.0,
     out: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
     fill_tail: bool = True,
 ) -> torch.Tensor:
     """Choose the best pages of each row; see :func:`quest_vllm.ops.reference.select_pages`.
@@ -202,7 +208,8 @@ def select_pages(
     ``page_scores`` is ``[num_reqs, num_score_heads, max_pages]`` float32 (read only up to each request's end),
     ``seq_lens`` and ``page_budgets`` are ``[num_reqs]`` int32, ``top_p`` float32. Returns ``out`` (made when None),
     ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded. ``fill_tail=False`` leaves the
-    padding beyond a row's budget as it was: only for a consumer that is told the budgets.
+    padding beyond a row's budget as it was: only for a consumer that is told the budgets. ``taken`` ``[num_reqs,
+    num_score_heads]`` int32, its last dimension contiguous, receives the number of pages chosen.
     """
     num_reqs, num_heads, max_pages = page_scores.shape
     if out is None:
@@ -216,16 +223,19 @@ def select_pages(
         page_budgets,
         page_budgets if top_p is None else top_p,
         out,
+        seq_lens if taken is None else taken,
         max_page_budget,
         mass_scale,
         *page_scores.stride()[:2],
         *out.stride()[:2],
+        0 if taken is None else taken.stride(0),
         PAGE_SIZE=page_size,
         SINK_PAGES=sink_pages,
         RECENT_PAGES=recent_pages,
         TILE=tile,
         FILL_TAIL=fill_tail,
         HAS_TOP_P=top_p is not None,
+        HAS_TAKEN=taken is not None,
         num_warps=max(4, min(16, tile // 256)),
     )
     return out
