@@ -82,27 +82,25 @@ def adaptive_rows(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, talli
 
 
 def record_reached(rows: AdaptiveRows, pages_taken: IntArray) -> None:
-    """Add what one layer's adaptive rows took: ``[num_adaptive, num_select_heads]`` pages, counted from the selection.
-
-    Reads host memory, so it is for the CPU backend. On a GPU it would wait for the device every layer: there the
-    selection kernel is to add into counters of its own, read at the pace of the metrics; until then top_p is refused.
-    """
+    """Add what adaptive rows took, ``[num_layers, num_adaptive, num_select_heads]`` pages, in some layers."""
     group, metrics = rows.group, get_worker_metrics()
+    layers, _, heads = pages_taken.shape
     available, lengths = rows.num_pages.astype(np.int64), rows.seq_lens.astype(np.int64)
     # the newest page is always taken, and it alone may be partial
     tokens = pages_taken.astype(np.int64) * group.page_size - (available * group.page_size - lengths)[:, None]
-    mean_tokens, mean_pages = tokens.mean(axis=1), pages_taken.mean(axis=1)
+    # of one head, summed over layers
+    own_tokens, own_pages = tokens.mean(axis=2).sum(axis=0), pages_taken.mean(axis=2).sum(axis=0)
     byte_scale = group.num_kv_heads * group.vector_bytes
-    metrics.pages(int(pages_taken.sum()), int(available.sum()) * pages_taken.shape[1])
-    metrics.kv_bytes(int((mean_tokens.sum() + available.sum()) * byte_scale), int(lengths.sum()) * byte_scale)
+    metrics.pages(int(pages_taken.sum()), int(available.sum()) * heads * layers)
+    read = own_tokens.sum() + available.sum() * layers
+    metrics.kv_bytes(int(read * byte_scale), int(lengths.sum()) * layers * byte_scale)
     metrics.reached(tokens)
     if group.counts_rows:
-        layers = group.num_sparse_layers
-        metrics.tokens(float(mean_tokens.sum()) / layers, float(lengths.sum()) / layers)
+        share = layers / group.num_sparse_layers
+        metrics.tokens(float(own_tokens.sum()) / group.num_sparse_layers, float(lengths.sum()) * share)
         for row in np.flatnonzero(rows.tallies):
-            get_tally_writer().add(
-                int(rows.tallies[row]), 1 / layers, mean_pages[row] / layers, mean_tokens[row] / layers
-            )
+            parts = (own_pages[row] / group.num_sparse_layers, own_tokens[row] / group.num_sparse_layers)
+            get_tally_writer().add(int(rows.tallies[row]), share, *parts)
 
 
 _group_memory: dict[str, tuple[int, int]] = {}

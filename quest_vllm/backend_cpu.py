@@ -272,7 +272,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         metrics.stage_seconds("select", chosen - scored)
         metrics.stage_seconds("attend", time.perf_counter() - chosen)
         if rows.adaptive is not None:
-            record_reached(rows.adaptive, (selected.numpy()[rows.adaptive.rows] >= 0).sum(axis=2, dtype=np.int32))
+            taken = (selected.numpy()[rows.adaptive.rows] >= 0).sum(axis=2, dtype=np.int32)
+            record_reached(rows.adaptive, taken[None])
         if rows.traced is not None:
             index = compat.layer_index(layer.layer_name)
             lengths = rows.seq_lens.numpy()

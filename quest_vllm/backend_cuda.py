@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from quest_vllm import compat
-from quest_vllm.accounting import LayerGroup
+from quest_vllm.accounting import LayerGroup, adaptive_rows
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.budget import get_budget_table
+from quest_vllm.budget import get_budget_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
 from quest_vllm.layers import (
@@ -29,13 +29,15 @@ from quest_vllm.layers import (
     counts_rows,
     is_sparse_layer,
     refuse_layer_features,
-    refuse_top_p,
     start_up,
 )
-from quest_vllm.metadata import RowClasses, classify_rows
+from quest_vllm.metadata import FloatArray, RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
+from quest_vllm.reached import ReachedCounts
+from quest_vllm.row_buffers import RowBuffer, staged
 from quest_vllm.step_log import StepLog
+from quest_vllm.tally import get_tally_table, get_tally_writer
 from quest_vllm.token_rows import StepRows, VerifyBuffers, step_rows, uniform_width
 
 _flash = compat.flash_attention()
@@ -75,22 +77,26 @@ class QuestCudaBackend(QuestCapabilities, _flash.FlashAttentionBackend):  # type
 class SparseRows:
     """Rows that the Quest chain serves; all tensors on the GPU. ``tokens`` is None when they are the whole step.
 
-    ``served`` is set in verify steps: the chain gets every token, and its output counts for those.
+    ``served`` is set in verify steps: the chain gets every token, and its output counts for those. ``reached``: where
+    layers write how many pages they took.
     """
 
     tokens: torch.Tensor | None  # [num_rows] int64, place of each row in the flat query
     seq_lens: torch.Tensor  # [num_rows] int32
     page_budgets: torch.Tensor  # [num_rows] int32
+    top_ps: torch.Tensor  # [num_rows] float32
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
+    reached: ReachedCounts
     served: torch.Tensor | None = None  # [num_rows] bool
 
 
 @dataclass(frozen=True)
 class SortedStep:
-    """A step's rows, and the class of each."""
+    """A step's rows, the class of each, and its top_p."""
 
     rows: StepRows
     classes: RowClasses
+    top_ps: FloatArray
 
 
 @dataclass
@@ -115,13 +121,12 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.supports_draft_decode_metadata_update = False
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
-        refuse_top_p(self.config)
         layers = compat.attention_layers(vllm_config, layer_names)
         self.num_sparse_layers = count_sparse_layers(layers, self.config)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
-        self.page_budgets = torch.full((max_num_reqs,), ALL_PAGES, dtype=torch.int32, device=device)
-        self.sent_budgets = np.full(max_num_reqs, ALL_PAGES, dtype=np.int32)  # what page_budgets holds
+        self.page_budgets = RowBuffer(max_num_reqs, ALL_PAGES, torch.int32, device)
+        self.top_ps = RowBuffer(max_num_reqs, 1.0, torch.float32, device)
         self.is_v2 = bool(vllm_config.use_v2_model_runner)
         self.verify_width = compat.verify_width(vllm_config)
         self.verify = self._verify_buffers(kv_cache_spec.block_size) if self.use_full_cuda_graph else None
@@ -136,6 +141,10 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
         )
         self.step_log = StepLog(self.group)
+        get_tally_writer()  # its file is made, or refused, at start-up and not by the first request
+        sparse = [name for name, layer in layers.items() if is_sparse_layer(name, layer.impl, self.config)]
+        most_rows = max(max_num_reqs, vllm_config.scheduler_config.max_num_seqs * self.verify_width)
+        self.reached = ReachedCounts(sparse, most_rows, self.group.num_select_heads, device, self.step_log)
 
     def _verify_buffers(self, block_size: int) -> VerifyBuffers | None:
         """Room for the largest verify step that a graph is captured for; None without speculation."""
@@ -151,6 +160,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
         if self._is_draft(common_attn_metadata):
             return self._stock(common_attn_metadata, fast_build)
+        self.reached.collect()
         return self._build(common_attn_metadata, self._classify(common_attn_metadata))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> QuestCudaMetadata:
@@ -210,59 +220,77 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             prefilling = common.is_prefilling.numpy()[:num_reqs]
         rows = step_rows(common.query_start_loc_cpu.numpy()[: num_reqs + 1], seq_lens, prefilling)
         budgets = get_budget_table().rows(num_reqs, slots)[rows.requests]
-        classes = classify_rows(rows.query_lens, rows.seq_lens, prefilling[rows.requests], budgets, self.config)
+        top_ps = get_top_p_table().rows(num_reqs, slots)[rows.requests]
+        chunks = prefilling[rows.requests]
+        classes = classify_rows(rows.query_lens, rows.seq_lens, chunks, budgets, self.config, top_ps)
         self.step_log.add(classes, rows, budgets)
         self.audit.step(classes, rows, common.block_table_tensor)
-        return SortedStep(rows, classes)
+        return SortedStep(rows, classes, top_ps)
 
-    def _staged(self, array: np.ndarray) -> torch.Tensor:
-        # a fresh pinned copy each step: the previous step's transfer may still be reading the last one
-        return torch.from_numpy(array).pin_memory()
+    def _expect(self, common: Any, step: SortedStep, places: np.ndarray) -> None:
+        """Have the step's adaptive rows counted; ``places`` ``[num_rows]`` of the rows among those of the chain."""
+        adaptive = None
+        if step.classes.adaptive.any():
+            tallies = get_tally_table().rows(common.num_reqs, common.req_idx)[step.rows.requests]
+            adaptive = adaptive_rows(self.group, step.classes, step.rows.seq_lens, tallies)
+        self.reached.expect(adaptive, places[step.classes.adaptive])
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return self._staged(array).to(self.device, non_blocking=True)
+        return staged(array, self.device).to(self.device, non_blocking=True)
 
     def _whole_step(self, common: Any, step: SortedStep | None) -> SparseRows:
         num_reqs = common.num_reqs
         if step is not None:
             host = np.full(num_reqs, ALL_PAGES, dtype=np.int32)
-            sparse = step.classes.sparse
+            sparse, adaptive = step.classes.sparse, step.classes.adaptive
             host[step.rows.requests[sparse]] = step.classes.page_budgets[sparse]
-            if not np.array_equal(host, self.sent_budgets[:num_reqs]):  # most steps change nothing
-                self.sent_budgets[:num_reqs] = host
-                self.page_budgets[:num_reqs].copy_(self._staged(host), non_blocking=True)
+            self.page_budgets.put(host)
+            shares = np.ones(num_reqs, dtype=np.float32)
+            shares[step.rows.requests[adaptive]] = step.top_ps[adaptive]
+            self.top_ps.put(shares)
+            self._expect(common, step, step.rows.requests)
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,
-            page_budgets=self.page_budgets[:num_reqs],
+            page_budgets=self.page_budgets.tensor[:num_reqs],
+            top_ps=self.top_ps.tensor[:num_reqs],
             block_table=common.block_table_tensor,
+            reached=self.reached,
         )
 
     def _verify_step(self, common: Any, step: SortedStep | None, buffers: VerifyBuffers, width: int) -> SparseRows:
         count = common.num_actual_tokens
         if step is not None:
-            host = np.zeros(count, dtype=np.int32)
-            served = step.rows.served(step.classes.sparse)
+            host, shares = np.zeros(count, dtype=np.int32), np.ones(count, dtype=np.float32)
+            served, adaptive = step.rows.served(step.classes.sparse), step.classes.adaptive
             host[step.rows.starts[served]] = step.classes.page_budgets[served]
-            buffers.page_budgets[:count].copy_(self._staged(host), non_blocking=True)
+            buffers.page_budgets.put(host)
+            shares[step.rows.starts[adaptive]] = step.top_ps[adaptive]
+            buffers.top_ps.put(shares)
+            self._expect(common, step, step.rows.starts)
         blocks = -(-common.max_seq_len // self.block_size)
         buffers.fill(width, common.seq_lens, common.block_table_tensor, min(blocks, buffers.block_table.shape[1]))
         return SparseRows(
             tokens=None,
             seq_lens=buffers.seq_lens[:count],
-            page_budgets=buffers.page_budgets[:count],
+            page_budgets=buffers.page_budgets.tensor[:count],
+            top_ps=buffers.top_ps.tensor[:count],
             block_table=buffers.block_table[:count],
+            reached=self.reached,
             served=buffers.sparse[:count],
         )
 
     def _some_rows(self, common: Any, step: SortedStep) -> SparseRows:
-        chosen = step.rows.served(step.classes.sparse)
+        chosen, adaptive = step.rows.served(step.classes.sparse), step.classes.adaptive
+        self._expect(common, step, np.cumsum(chosen) - 1)
         index = self._to_device(step.rows.requests[chosen].astype(np.int64))
         return SparseRows(
             tokens=self._to_device(step.rows.starts[chosen]),
             seq_lens=common.seq_lens[index] - self._to_device(step.rows.lags[chosen]),
             page_budgets=self._to_device(step.classes.page_budgets[chosen]),
+            top_ps=self._to_device(np.where(adaptive, step.top_ps, 1)[chosen].astype(np.float32)),
             block_table=common.block_table_tensor[index],
+            reached=self.reached,
         )
 
     def _without(self, common: Any, step: SortedStep) -> QuestCudaMetadata:
@@ -351,25 +379,29 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
         if sparse is None or not self._sparse_layer:
             self._attend_dense(query[:count], views, attn_metadata, output[:count])
         elif sparse.tokens is None and attn_metadata.rest is None:
-            self._attend_sparse(query[:count], views, sparse, output[:count])
+            self._attend_sparse(layer.layer_name, query[:count], views, sparse, output[:count])
         else:
             self._attend_dense(query[:count], views, attn_metadata.rest, output[:count])
-            self._add_sparse(query[:count], views, sparse, output[:count])
+            self._add_sparse(layer.layer_name, query[:count], views, sparse, output[:count])
         return output
 
-    def _add_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
+    def _add_sparse(
+        self, layer: str, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor
+    ) -> None:
         """Put what the chain makes of its rows in the place of FlashAttention's ``output`` for them."""
         if rows.served is not None:
             attended = torch.empty_like(query)
-            self._attend_sparse(query, views, rows, attended)
+            self._attend_sparse(layer, query, views, rows, attended)
             torch.where(rows.served[:, None, None], attended, output, out=output)
             return
         chosen = query[rows.tokens]
         attended = torch.empty_like(chosen)
-        self._attend_sparse(chosen, views, rows, attended)
+        self._attend_sparse(layer, chosen, views, rows, attended)
         output[rows.tokens] = attended
 
-    def _attend_sparse(self, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor) -> None:
+    def _attend_sparse(
+        self, layer: str, query: torch.Tensor, views: PageViews, rows: SparseRows, output: torch.Tensor
+    ) -> None:
         config = self.config
         self._ops.quest_decode(
             query,
@@ -386,6 +418,8 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             bound_radius=config.bound_radius,
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
+            top_p=rows.top_ps,
+            taken=rows.reached.of(layer, len(rows.seq_lens)),
             out=output,
             page_summary=config.page_summary,
         )

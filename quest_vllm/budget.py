@@ -95,14 +95,10 @@ def clamp_top_p(value: object, *, default: float) -> float:
 
 @dataclass(frozen=True)
 class BudgetLimits:
-    """The range that this process validates against: ``config``'s minimum to ``max_model_len`` tokens.
-
-    ``adaptive``: whether the backend that serves can adapt budgets (``top_p`` below 1).
-    """
+    """The range that this process validates against: ``config``'s minimum to ``max_model_len`` tokens."""
 
     config: QuestConfig
     max_model_len: int
-    adaptive: bool = True
 
     def parse(self, value: object, field: str = XARG) -> int:
         """:func:`parse_token_budget` with these limits, then the operator's own (min_budget, max_budget, override)."""
@@ -134,8 +130,6 @@ class BudgetLimits:
         """:func:`parse_top_p`, then what the server allows."""
         default = self.config.top_p
         top_p = parse_top_p(value, default=default, field=field)
-        if top_p < 1 and not self.adaptive:
-            raise QuestValueError(f"{field}: budgets adapt on CPUs only so far: expected 1 or nothing, got {top_p:g}")
         if top_p != default and not self.config.allow_override:
             raise QuestValueError(
                 f"{field}: this server lets no request override its budget (allow_override is false): "
@@ -163,7 +157,7 @@ class BudgetLimits:
 _limits: BudgetLimits | None = None
 
 
-def set_budget_limits(config: QuestConfig, max_model_len: int, adaptive: bool = True) -> None:
+def set_budget_limits(config: QuestConfig, max_model_len: int) -> None:
     """Say what this process validates against. Called where a VllmConfig is first at hand (stat logger, worker).
 
     Raises :class:`~quest_vllm.errors.QuestConfigError` for an alias beyond ``max_model_len``.
@@ -172,7 +166,7 @@ def set_budget_limits(config: QuestConfig, max_model_len: int, adaptive: bool = 
     for name, budget in config.aliases:
         if budget > max_model_len:
             raise QuestConfigError(f"aliases: {name}: expected at most max_model_len {max_model_len}, got {budget}")
-    _limits = BudgetLimits(config, max_model_len, adaptive)
+    _limits = BudgetLimits(config, max_model_len)
 
 
 def get_budget_limits() -> BudgetLimits:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quest_vllm import compat
 from quest_vllm.budget import (
     ABSENT,
     TOP_P_XARG,
@@ -55,7 +54,7 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         """Called as ``(vllm_config, device, is_pin_memory)`` by V1 and ``(vllm_config, req_states)`` by V2."""
         self._config = config_of(vllm_config)
-        set_budget_limits(self._config, vllm_config.model_config.max_model_len, compat.is_cpu_platform())
+        set_budget_limits(self._config, vllm_config.model_config.max_model_len)
         self._table = get_budget_table()
         self._traces = get_trace_table()
 

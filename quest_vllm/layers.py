@@ -8,7 +8,6 @@ from typing import Any
 from quest_vllm import compat
 from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig, why_no_codes
-from quest_vllm.errors import QuestConfigError
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
@@ -108,14 +107,6 @@ def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
             raise compat.UnsupportedVllm(
                 f"quest_vllm does not support {feature}; start without --attention-backend CUSTOM to serve this model"
             )
-
-
-def refuse_top_p(config: QuestConfig) -> None:
-    """Raise :class:`~quest_vllm.errors.QuestConfigError` for a default of top_p below 1 where budgets do not adapt."""
-    if config.top_p < 1:
-        raise QuestConfigError(
-            f"top_p: budgets adapt on CPUs only so far: expected 1 on this device, got {config.top_p:g}"
-        )
 
 
 def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 
-from quest_vllm import compat
 from quest_vllm.budget import set_budget_limits
 from quest_vllm.compat_metrics import AggregateStatLoggerBase
 from quest_vllm.metrics_files import FilesCollector, is_multiprocess, metrics_dir
@@ -29,7 +28,7 @@ class QuestStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         config = activate(vllm_config)
         set_vllm_config(vllm_config)
-        set_budget_limits(config, vllm_config.model_config.max_model_len, compat.is_cpu_platform())
+        set_budget_limits(config, vllm_config.model_config.max_model_len)
         spans.install(vllm_config)
         if not is_multiprocess():
             _register_collector(config.metrics_dir)

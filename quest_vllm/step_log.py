@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm.accounting import AdaptiveRows, LayerGroup, record_reached, record_step
 from quest_vllm.metadata import IntArray, RowClasses
 from quest_vllm.token_rows import StepRows
 
@@ -31,18 +33,31 @@ class StepLog:
     def __init__(self, group: LayerGroup) -> None:
         self._group = group
         self._steps: deque[Step] = deque()
-        self._some = threading.Event()
+        self._reached: deque[Callable[[], None]] = deque()
+        self._some, self._urgent = threading.Event(), threading.Event()
         self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, rows: RowClasses, step: StepRows, token_budgets: IntArray) -> None:
         """Note one step; the arguments are :func:`~quest_vllm.accounting.record_step`'s, and stay as they are."""
         self._steps.append((rows, step, token_budgets))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="quest-step-log", daemon=True)
-            self._thread.start()
-        if not self._some.is_set():
-            self._some.set()
+        self._wake()
+
+    def add_reached(
+        self, adaptive: AdaptiveRows, places: npt.NDArray[np.intp], taken: torch.Tensor, wait: Callable[[], None]
+    ) -> None:
+        """Note what ``adaptive`` rows took, and count it at once: a reply tells of it.
+
+        After ``wait()`` it is ``taken[:, places]``, ``[num_layers, num_adaptive, heads]`` int32 on the host.
+        """
+
+        def count() -> None:
+            wait()
+            record_reached(adaptive, taken.numpy()[:, places])
+
+        self._reached.append(count)
+        self._urgent.set()
+        self._wake()
 
     def count(self) -> None:
         """Count what is noted, now."""
@@ -50,12 +65,22 @@ class StepLog:
             steps = [self._steps.popleft() for _ in range(len(self._steps))]
             if steps:
                 record_step(self._group, *joined(steps))
+            for _ in range(len(self._reached)):
+                self._reached.popleft()()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="quest-step-log", daemon=True)
+            self._thread.start()
+        if not self._some.is_set():
+            self._some.set()
 
     def _run(self) -> None:
         while True:
             self._some.wait()
             self._some.clear()
-            time.sleep(LAG)
+            self._urgent.wait(LAG)
+            self._urgent.clear()
             try:
                 self.count()
             except Exception:

@@ -51,7 +51,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "dense_allowed": config.broken_limit(0) is None,
             "override_allowed": config.allow_override,
         },
-        "top_p": {"default": config.top_p, "adaptive": limits.adaptive},
+        "top_p": {"default": config.top_p},
         "aliases": dict(config.aliases),
         "page_size": config.page_size,
         "policy": {

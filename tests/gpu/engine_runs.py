@@ -87,11 +87,11 @@ def prompt(lines: int, seed: int) -> str:
     return f"List {seed}. " + "".join(f"Line {line}: {facts[line * line % 7]}\n" for line in range(lines))
 
 
-def params(budget: int, tokens: int, **settings: Any) -> Any:
-    """Greedy sampling with a token budget, and the log-probabilities that :func:`parting` needs."""
+def params(budget: int, tokens: int, top_p: float = 1.0, **settings: Any) -> Any:
+    """Greedy sampling with a token budget, and the log-probabilities that :func:`parting` needs; ``top_p``: quest's."""
     from vllm import SamplingParams
 
-    extra = {"quest_token_budget": budget}
+    extra = {"quest_token_budget": budget, "quest_top_p": top_p}
     defaults = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 5, "extra_args": extra}
     return SamplingParams(**{**defaults, **settings})
 
@@ -104,9 +104,9 @@ class Run:
     logprobs: list[dict[int, float]]
 
 
-def run(llm: Any, prompts: Sequence[str], budgets: Sequence[int], tokens: int) -> list[Run]:
+def run(llm: Any, prompts: Sequence[str], budgets: Sequence[int], tokens: int, top_p: float = 1.0) -> list[Run]:
     """Answer ``prompts`` in one batch, each with its budget."""
-    outputs = llm.generate(list(prompts), [params(budget, tokens) for budget in budgets], use_tqdm=False)
+    outputs = llm.generate(list(prompts), [params(budget, tokens, top_p) for budget in budgets], use_tqdm=False)
     return [
         Run(
             list(output.outputs[0].token_ids),

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.features.conftest import counted_rows, engine
+from quest_vllm.step_log import LAG
+from tests.features.conftest import counted_rows, engine, samples
 from tests.gpu.engine_runs import (
     SETTINGS,
     Load,
@@ -36,7 +38,7 @@ from tests.gpu.engine_runs import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
-DRAFTS = 3
+DRAFTS, TOP_P = 3, 0.8
 SPARSE = 2
 """Ties of sparse answers are wider: a page at the threshold may change places for the last bit of its score."""
 
@@ -111,6 +113,8 @@ class Graphed:
 
     covered: list[Run]
     mixed: list[Run]
+    adapted: list[Run]
+    reached: list[float]
     alone: dict[tuple[int, int], Run]
     swapped: dict[tuple[int, int], Run]
     rows: dict[str, int]
@@ -125,6 +129,7 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
     with engine(model, **engine_settings(setting, **graphs(setting, 8))) as llm:
         covered = run(llm, prompts[:4], [setting.max_model_len] * 4, setting.tokens)
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
+        adapted, reached = adapt(llm, prompts, budgets, setting)
         # prefixes are cached by now: prefill does the same for all of these
         alone, swapped = {}, {}
         with counted_rows() as rows:
@@ -135,14 +140,36 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
                 both = run(llm, pair, [first, second], setting.tokens // 2)
                 swapped[0, first], swapped[1, second] = both
         widths = llm.collective_rpc(captured_widths)[0] if setting.graphs else [1]
-        return Graphed(covered, mixed, alone, swapped, dict(rows), widths, mixed_load(llm, setting))
+        load = mixed_load(llm, setting)
+        return Graphed(covered, mixed, adapted, reached, alone, swapped, dict(rows), widths, load)
+
+
+def adapt(llm: Any, prompts: list[str], budgets: list[int], setting: Setting) -> tuple[list[Run], list[float]]:
+    """The mixed batch under a top_p, and by it: rows' heads counted, tokens that they attended to, pages, pages left."""
+    names = ("quest_tokens_reached_count", "quest_tokens_reached_sum")
+    names += ("quest_pages_selected_total", "quest_pages_available_total")
+    before = [samples(name) for name in names]
+    runs = run(llm, prompts, budgets, setting.tokens // 2, TOP_P)
+    if setting.graphs:  # a step's counts come back with the next one
+        run(llm, prompts[:1], [0], 2)
+        time.sleep(3 * LAG)
+    return runs, [samples(name).get("", 0) - old.get("", 0) for name, old in zip(names, before, strict=True)]
+
+
+@dataclass
+class Eager:
+    """Runs of the plugin's engine without graphs."""
+
+    mixed: list[Run]
+    adapted: list[Run]
 
 
 @pytest.fixture(scope="module")
-def eager(model: Path, setting: Setting, prompts: list[str], budgets: list[int]) -> list[Run]:
-    """The plugin without graphs."""
+def eager(model: Path, setting: Setting, prompts: list[str], budgets: list[int]) -> Eager:
+    """All runs of that engine, in the order of the fields."""
     with engine(model, **engine_settings(setting)) as llm:
-        return run(llm, prompts, budgets, setting.tokens // 2)
+        mixed = run(llm, prompts, budgets, setting.tokens // 2)
+        return Eager(mixed, run(llm, prompts, budgets, setting.tokens // 2, TOP_P))
 
 
 @dataclass
@@ -178,11 +205,19 @@ def test_a_budget_that_covers_the_context_says_what_stock_attention_says(
     check_equal(graphed.covered, stock, tie, "covering budget against stock")
 
 
-def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(
-    graphed: Graphed, eager: list[Run], tie: float
-) -> None:
+def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(graphed: Graphed, eager: Eager, tie: float) -> None:
     assert graphed.widths == [1]
-    check_equal(graphed.mixed, eager, SPARSE * tie, "graphs against eager")
+    check_equal(graphed.mixed, eager.mixed, SPARSE * tie, "graphs against eager")
+
+
+def test_budgets_adapt_in_graphs_as_in_eager_steps_and_are_counted(graphed: Graphed, eager: Eager, tie: float) -> None:
+    check_equal(graphed.adapted, eager.adapted, SPARSE * tie, "top_p in graphs against eager")
+    heads, tokens, pages, available = graphed.reached
+    print(
+        f"{heads:.0f} heads reached their share of mass with {tokens / heads:.0f} tokens, {pages / available:.2f} of pages"
+    )
+    assert heads > 0 and pages < available
+    assert tokens / heads >= 48  # the forced pages
 
 
 def test_budgets_exchanged_between_rows_of_a_captured_graph(graphed: Graphed, tie: float) -> None:

@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from quest_vllm import backend_cuda
+from quest_vllm import backend_cuda, row_buffers
+from quest_vllm.accounting import LayerGroup
 from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaMetadata, QuestCudaMetadataBuilder
 from quest_vllm.budget import BudgetTable
 from quest_vllm.config import QuestConfig
+from quest_vllm.reached import ReachedCounts
+from quest_vllm.row_buffers import RowBuffer
 from quest_vllm.token_rows import VerifyBuffers
 
 MAX_REQS, BLOCK, WIDTH = 8, 16, 4
+LAYERS = ("model.layers.2.attn", "model.layers.3.attn")
 
 
 class Builder(QuestCudaMetadataBuilder):
@@ -29,10 +33,14 @@ class Builder(QuestCudaMetadataBuilder):
     def __init__(self, table: BudgetTable, verify: bool = True) -> None:
         self.device, self.block_size, self.config = torch.device("cpu"), BLOCK, QuestConfig()
         self.num_sparse_layers, self.audit, self.is_v2 = 28, OnlineAudit({}, 0), True
+        self.group = LayerGroup(2, 3, 3, 64, 2, 16, True)
         self.counted: list[tuple[Any, ...]] = []
-        self.step_log = SimpleNamespace(add=lambda *step: self.counted.append(step))
-        self.page_budgets = torch.full((MAX_REQS,), ALL_PAGES, dtype=torch.int32)
-        self.sent_budgets = np.full(MAX_REQS, ALL_PAGES, dtype=np.int32)
+        self.read_back: list[tuple[Any, ...]] = []
+        add, add_reached = (lambda *step: self.counted.append(step)), (lambda *read: self.read_back.append(read))
+        self.step_log: Any = SimpleNamespace(add=add, add_reached=add_reached)
+        self.reached = ReachedCounts(LAYERS, MAX_REQS * WIDTH, 3, self.device, self.step_log)
+        self.page_budgets = RowBuffer(MAX_REQS, ALL_PAGES, torch.int32, self.device)
+        self.top_ps = RowBuffer(MAX_REQS, 1.0, torch.float32, self.device)
         self.verify_width = WIDTH
         self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device) if verify else None
         self.stock_builds: list[tuple[torch.Tensor, bool]] = []
@@ -47,9 +55,6 @@ class Builder(QuestCudaMetadataBuilder):
         }
         return QuestCudaMetadata(**given)
 
-    def _staged(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array)
-
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
@@ -57,6 +62,14 @@ def table(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
     budgets = BudgetTable()
     monkeypatch.setattr(backend_cuda, "get_budget_table", lambda: budgets)
     return budgets
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
+    """The process's top_p, by slot."""
+    top_ps = BudgetTable(empty=1.0, dtype=np.float32)
+    monkeypatch.setattr(backend_cuda, "get_top_p_table", lambda: top_ps)
+    return top_ps
 
 
 def common_metadata(
@@ -97,7 +110,7 @@ def test_a_captured_verify_step_finds_its_inputs_where_they_were(table: BudgetTa
     # slot 7's budget covers its context; the graph has room for a fourth request
     common = common_metadata([WIDTH] * 3, [700, 900, 300], [5, 2, 7], padded_to=4)
     replayed = builder.build(0, common)
-    for field in ("seq_lens", "page_budgets", "block_table", "served"):
+    for field in ("seq_lens", "page_budgets", "top_ps", "block_table", "served"):
         ours, theirs = getattr(replayed.sparse, field), getattr(captured.sparse, field)
         assert (ours.data_ptr(), ours.shape) == (theirs.data_ptr(), theirs.shape), field
     assert replayed.rest.seq_lens.data_ptr() == captured.rest.seq_lens.data_ptr()
@@ -136,7 +149,7 @@ def test_one_token_a_request_is_a_decode_step(table: BudgetTable) -> None:
 
 def test_budgets_travel_only_when_they_change(table: BudgetTable, monkeypatch: pytest.MonkeyPatch) -> None:
     builder, sent = Builder(table), list[list[int]]()
-    monkeypatch.setattr(Builder, "_staged", lambda _, array: sent.append(array.tolist()) or torch.from_numpy(array))
+    monkeypatch.setattr(row_buffers, "staged", lambda array, _: sent.append(array.tolist()) or torch.from_numpy(array))
     table.set(3, 256)
     for lengths, slots in (([800, 90], [3, 1]), ([801, 91], [3, 1]), ([802], [3]), ([92, 803], [1, 3]), ([804], [3])):
         rows = builder.build(0, common_metadata([1] * len(slots), lengths, slots)).sparse
@@ -169,3 +182,56 @@ def test_prefill_alone_is_stock(table: BudgetTable) -> None:
     table.set(0, 64)
     metadata = builder.build(0, common_metadata([40], [500], [0], prefilling=(0,)))
     assert metadata.sparse is None and metadata.rest is None
+
+
+def layers_count(rows: Any, taken: dict[int, int]) -> None:
+    """What the kernels of a step do: layer l writes 10 l more pages than ``taken`` has by row, else 7."""
+    for number, layer in enumerate(LAYERS):
+        counts = rows.reached.of(layer, len(rows.seq_lens))
+        counts.fill_(7)
+        for row, pages in taken.items():
+            counts[row] = pages + 10 * number
+
+
+def test_shares_reach_the_kernels_and_their_counts_come_back_with_the_next_step(
+    table: BudgetTable, shares: BudgetTable
+) -> None:
+    builder = Builder(table)
+    for slot, budget, top_p in ((4, 128, 0.9), (2, 128, 1.0), (6, 0, 0.9), (1, 4096, 0.5)):
+        table.set(slot, budget)
+        shares.set(slot, top_p)
+    first = builder.build(0, common_metadata([1] * 4, [800, 801, 802, 803], [4, 2, 6, 1], padded_to=5)).sparse
+    # dense rows do not adapt; a budget that covers does, up to its pages
+    assert first.top_ps.tolist() == pytest.approx([0.9, 1, 1, 0.5, 1])
+    assert first.page_budgets.tolist() == [8, 8, ALL_PAGES, 51, ALL_PAGES]
+    layers_count(first, {0: 5, 3: 20})
+    assert builder.read_back == []
+    second = builder.build(0, common_metadata([1] * 2, [802, 804], [2, 1])).sparse
+    assert second.top_ps.tolist() == [1, 0.5]
+    ((adaptive, places, counts, wait),) = builder.read_back
+    wait()
+    assert counts[:, places, 0].tolist() == [[5, 20], [15, 30]]
+    assert adaptive.seq_lens.tolist() == [800, 803] and adaptive.num_pages.tolist() == [50, 51]
+    layers_count(second, {1: 3})  # does not reach the copy
+    assert counts[:, places, 0].tolist() == [[5, 20], [15, 30]]
+    third = builder.build(0, common_metadata([1], [803], [2])).sparse
+    assert builder.read_back[1][2][:, builder.read_back[1][1], 2].tolist() == [[3], [13]]
+    layers_count(third, {})
+    builder.build(0, common_metadata([1], [804], [2]))
+    assert len(builder.read_back) == 2  # nobody adapted in the third step
+
+
+def test_shares_of_verify_steps_and_of_rows_beside_a_prefill_chunk(table: BudgetTable, shares: BudgetTable) -> None:
+    builder = Builder(table)
+    for slot in (0, 1):
+        table.set(slot, 128)
+        shares.set(slot, 0.75)
+    verify = builder.build(0, common_metadata([WIDTH] * 2, [700, 900], [3, 1])).sparse
+    assert verify.top_ps.tolist() == [1] * WIDTH + [0.75] * WIDTH
+    layers_count(verify, {row: row for row in range(2 * WIDTH)})
+    mixed = builder.build(0, common_metadata([7, 2, 1], [90, 500, 800], [3, 1, 2], prefilling=(0,))).sparse
+    assert mixed.tokens.tolist() == [7, 8] and mixed.top_ps.tolist() == [0.75] * 2
+    layers_count(mixed, {0: 6, 1: 7})
+    builder.build(0, common_metadata([1], [804], [2]))
+    found = [counts[:, places, 1].tolist() for _, places, counts, _ in builder.read_back]
+    assert found == [[[4, 5, 6, 7], [14, 15, 16, 17]], [[6, 7], [16, 17]]]

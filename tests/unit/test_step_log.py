@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_vllm import accounting, metrics
-from quest_vllm.accounting import LayerGroup, record_step
+from quest_vllm import accounting, metrics, tally
+from quest_vllm.accounting import LayerGroup, adaptive_rows, record_step
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows
 from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR, FilesCollector
 from quest_vllm.step_log import LAG, Step, StepLog, joined
+from quest_vllm.tally import read_tally
 from quest_vllm.token_rows import step_rows
 
 GROUP = LayerGroup(30, 2, 2, 64, 2, 16, True)
@@ -74,9 +77,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A metrics directory of the test's own."""
     monkeypatch.delenv(ENV_PROMETHEUS_DIR, raising=False)
     monkeypatch.setenv(ENV_RUN_DIR, str(tmp_path / "run"))
-    metrics._worker_metrics.cache_clear()
+    for cached in (metrics._worker_metrics, tally._tally_writer):
+        cached.cache_clear()
     yield tmp_path / "run"
-    metrics._worker_metrics.cache_clear()
+    for cached in (metrics._worker_metrics, tally._tally_writer):
+        cached.cache_clear()
 
 
 def sparse_rows(directory: Path) -> float:
@@ -115,3 +120,25 @@ def test_a_step_that_cannot_be_counted_is_said_and_stops_nothing(
     log.add(*one)
     log.count()
     assert sparse_rows(run_dir) == 1
+
+
+def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path) -> None:
+    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5), (1, 900, False, 512, 0.5)])
+    adaptive = adaptive_rows(GROUP, one[0], one[1].seq_lens, np.array([3, 0], np.int32))
+    assert adaptive is not None
+    counts, arrived = torch.zeros(30, 4, 2, dtype=torch.int32), threading.Event()
+
+    def wait() -> None:
+        assert arrived.wait(60)
+        counts[:, [1, 3]] = torch.tensor([[10, 20], [4, 4]], dtype=torch.int32)
+
+    log.add_reached(adaptive, np.array([1, 3]), counts, wait)
+    assert read_tally(run_dir, 3) is None
+    arrived.set()
+    end = time.monotonic() + 100 * LAG
+    while read_tally(run_dir, 3) is None and time.monotonic() < end:
+        time.sleep(LAG / 10)
+    log.count()  # waits for the thread's own
+    found = read_tally(run_dir, 3)
+    assert found is not None and (found.steps, found.pages) == (pytest.approx(1), pytest.approx(15))
+    assert found.tokens == pytest.approx(15 * 16 - (51 * 16 - 801))

@@ -52,11 +52,16 @@ def test_uniform_width() -> None:
 
 def test_verify_buffers_hold_each_token_as_a_row_of_its_own() -> None:
     buffers, width = VerifyBuffers(32, TABLE_WIDTH, torch.device("cpu")), 4
-    addresses = [t.data_ptr() for t in vars(buffers).values() if isinstance(t, torch.Tensor)]
+
+    def addresses() -> list[int]:
+        fixed = [t for t in vars(buffers).values() if isinstance(t, torch.Tensor)]
+        return [t.data_ptr() for t in (*fixed, buffers.page_budgets.tensor, buffers.top_ps.tensor)]
+
+    before = addresses()
     for lengths, budgets in (([100, 370, 64, 0], [5, 0, 3, 0]), ([9, 12], [0, 7]), ([40], [3])):
         num_reqs = len(lengths)
         table = torch.randint(0, 99, (num_reqs, TABLE_WIDTH + 2), dtype=torch.int32)
-        buffers.page_budgets[: num_reqs * width] = torch.tensor(budgets, dtype=torch.int32).repeat_interleave(width)
+        buffers.page_budgets.put(np.repeat(np.array(budgets, np.int32), width))
         blocks = -(-max(lengths) // 16)
         buffers.fill(width, torch.tensor(lengths, dtype=torch.int32), table, blocks)
         for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
@@ -66,4 +71,4 @@ def test_verify_buffers_hold_each_token_as_a_row_of_its_own() -> None:
                 assert bool(buffers.sparse[place]) == bool(budget)
                 assert int(buffers.seq_lens[place]) == (length - width + 1 + token if budget else 0)
                 assert buffers.block_table[place, :blocks].tolist() == table[row, :blocks].tolist()
-    assert addresses == [t.data_ptr() for t in vars(buffers).values() if isinstance(t, torch.Tensor)]
+    assert addresses() == before

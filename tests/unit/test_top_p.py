@@ -27,7 +27,6 @@ from quest_vllm.budget import (
 )
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
-from quest_vllm.layers import refuse_top_p
 from quest_vllm.metadata import classify_rows, measure_traffic
 from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR, FilesCollector
 from quest_vllm.server.asgi import Refusal
@@ -77,18 +76,6 @@ def test_server_default_from_the_environment() -> None:
     assert load_config(None, {}).top_p == 1.0
     with pytest.raises(QuestConfigError, match="QUEST_TOP_P: expected a number, got 'much'"):
         load_config(None, {"QUEST_TOP_P": "much"})
-
-
-def test_devices_that_do_not_adapt_refuse() -> None:
-    limits = BudgetLimits(QuestConfig(), 8192, adaptive=False)
-    assert limits.parse_top_p(1) == 1
-    with pytest.raises(
-        QuestValueError, match="top_p: budgets adapt on CPUs only so far: expected 1 or nothing, got 0.9"
-    ):
-        limits.parse_top_p(0.9, "sparse_attention.top_p")
-    refuse_top_p(QuestConfig())
-    with pytest.raises(QuestConfigError, match="expected 1 on this device, got 0.9"):
-        refuse_top_p(QuestConfig(top_p=0.9))
 
 
 def test_operator_may_forbid_it() -> None:
@@ -194,7 +181,7 @@ def test_counts_of_a_selection_reach_metrics_and_tally(run_dir: Path) -> None:
     adapting = adaptive_rows(group, rows, lengths, np.array([7, 8, 0], np.int32))
     assert adapting is not None and adapting.rows.tolist() == [0, 2]
     for pages in ([[10, 20], [3, 5]], [[12, 22], [3, 3]]):  # two layers
-        record_reached(adapting, np.array(pages, np.int32))
+        record_reached(adapting, np.array([pages], np.int32))
     found = read_tally(run_dir, 7)
     assert found == Tally(1.0, 16.0, 16.0 * 16 - 8)
     assert read_tally(run_dir, 8) is None

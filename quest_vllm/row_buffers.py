@@ -1,0 +1,29 @@
+"""Numbers that rows ask for, at fixed addresses on the device; no step waits for their transfer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def staged(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """``array`` where a transfer to ``device`` needs no wait. A fresh copy: the last one may still be being read."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+class RowBuffer:
+    """One number a row at a fixed address, for CUDA graphs; what the device holds already does not travel again."""
+
+    def __init__(self, rows: int, value: float, dtype: torch.dtype, device: torch.device) -> None:
+        """Room for ``rows``, which hold ``value`` at first."""
+        self.tensor = torch.full((rows,), value, dtype=dtype, device=device)
+        self._held = torch.full((rows,), value, dtype=dtype).numpy()
+
+    def put(self, values: npt.NDArray[np.generic]) -> None:
+        """Make ``values`` ``[<= rows]`` the first rows' numbers, before the kernels that follow on this stream."""
+        held = self._held[: len(values)]
+        if not np.array_equal(values, held):  # most steps change nothing
+            held[:] = values
+            self.tensor[: len(values)].copy_(staged(held.copy(), self.tensor.device), non_blocking=True)
