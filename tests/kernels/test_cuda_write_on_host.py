@@ -62,7 +62,7 @@ def test_keys_values_and_summaries(kernel, page_size: int, block_size: int, chun
         padded = torch.cat([slots[part], slots.new_full((2,), -1)])
         rows = [torch.cat([rows[part], rows.new_zeros(2, *rows.shape[1:])]) for rows in (keys, values)]
         params = cuda.KvWriter(*into, page_size=page_size).fill(*rows, padded)
-        assert write(ctypes.byref(params), backwards) == 0
+        assert write(ctypes.byref(params), backwards, 0) == 0
     written = views.summaries.isfinite()
     assert torch.equal(into[2][written], views.summaries[written])
     assert torch.equal(into[0][slots // block_size, :, slots % block_size], keys)
@@ -75,7 +75,7 @@ def test_summaries_alone_read_the_cache(kernel) -> None:
     want, slots = case.views.summaries.clone(), case.slots()  # parameters hold pointers, not tensors
     case.views.summaries.fill_(7)
     params = cuda.summary_params(case.views.keys, case.views.summaries, slots, page_size=16)
-    assert write(ctypes.byref(params), 0) == 0
+    assert write(ctypes.byref(params), 0, 0) == 0
     written = want.isfinite()
     assert torch.equal(case.views.summaries[written], want[written])
 
@@ -94,6 +94,6 @@ def test_key_codes_are_the_references_bytes(kernel, chunk: int, spread: float) -
     writer = cuda.KvWriter(*into, page_size=16, page_summary="key_codes")
     for first in range(0, len(slots), chunk):
         part = slice(first, first + chunk)
-        assert write(ctypes.byref(writer.fill(given[part], given[part], slots[part])), 0) == 0
+        assert write(ctypes.byref(writer.fill(given[part], given[part], slots[part])), 0, 0) == 0
         reference.update_page_summaries(into[0], want, slots[part], page_size=16, page_summary="key_codes")
         assert torch.equal(key_codes.code_bytes(into[2]), key_codes.code_bytes(want))
