@@ -32,14 +32,18 @@ __device__ __forceinline__ int64_t neighbour(const WriteParams& p, int page_shif
   return other < min(p.num_tokens, token + (1 << page_shift)) ? p.slot_mapping[other] : -1;
 }
 
-// source[r]: the token of this call whose key is row r of the page, or -1. `theirs`: neighbour(p, page_shift, token, 0).
-// Returns whether `token` is the page's last.
+// No row of the page is from this call, as far as is known.
+__device__ __forceinline__ void forget_page_rows(int page_shift, int* source) {
+#pragma unroll 1
+  for (int row = lane_id(); row < 1 << page_shift; row += 32) source[row] = -1;
+  __syncwarp();
+}
+
+// source[r], which was forgotten: the token of this call whose key is row r of the page, or -1. `theirs`: neighbour(p,
+// page_shift, token, 0). Returns whether `token` is the page's last.
 __device__ __forceinline__ bool find_page_rows(const WriteParams& p, int page_shift, int token, int64_t slot, int64_t theirs,
                                                int* source) {
   const int page_size = 1 << page_shift;
-#pragma unroll 1
-  for (int row = lane_id(); row < page_size; row += 32) source[row] = -1;
-  __syncwarp();
   bool later = false;
 #pragma unroll 1
   for (int round = 0; round < div_up(2 * page_size, 32); ++round) {
@@ -179,14 +183,16 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned parts = 1u << parts_shift, part = warp & (parts - 1);
   const int token = static_cast<int>(unit / p.num_kv_heads), head = static_cast<int>(unit % p.num_kv_heads);
   if (token >= p.num_tokens) return;  // before the wait, so that the division is, too
+  int* source = sources[warp_id()];
+  forget_page_rows(page_shift, source);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t neighbours = neighbour(p, page_shift, token, 0);  // asked for together with the slot itself, and the row
   const int64_t slot = p.slot_mapping[token];
   const NewRow<T, D> row(p, token, head, part, parts);
   if (slot < 0) return;
-  if (find_page_rows(p, page_shift, token, slot, neighbours, sources[warp_id()])) {
-    const Page<T> page(p, page_shift, slot, head, sources[warp_id()]);
+  if (find_page_rows(p, page_shift, token, slot, neighbours, source)) {
+    const Page<T> page(p, page_shift, slot, head, source);
     if constexpr (kCodes) {
       store_key_codes<T, D>(page, part, parts);
     } else {
