@@ -90,13 +90,13 @@ __device__ __forceinline__ uint32_t store_shared(uint8_t* page, unsigned eight, 
 
 // Stores the codes of the page's `count` tokens, and 0 for those to come. `shared`: from store_shared.
 template <typename T, int D>
-__device__ __forceinline__ void store_codes(uint8_t* page, unsigned eight, const uint4& key, uint32_t shared, int count) {
+__device__ __forceinline__ void store_codes(uint8_t* page, unsigned eight, const uint4& keys, uint32_t shared, int count) {
   const int row = lane_id() % 16;
   const bool upper = lane_id() & 16;  // codes the last four pairs, its neighbour in the other half the first four
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t front = (&key.x)[i], back = (&key.x)[i + 2];
+    const uint32_t front = (&keys.x)[i], back = (&keys.x)[i + 2];
     const uint32_t mine = upper ? back : front;
     const uint32_t theirs = __shfl_xor_sync(0xFFFFFFFFu, upper ? front : back, 16);
 #pragma unroll
@@ -104,7 +104,8 @@ __device__ __forceinline__ void store_codes(uint8_t* page, unsigned eight, const
       const uint32_t how = __shfl_sync(0xFFFFFFFFu, shared, (upper ? 4 : 0) + 2 * i + j);
       const bool second = how & 0x8000u;
       const float step = __uint_as_float((how & 0x7FFFu) << 16);
-      const float offset = Half<T>::to_float((second == upper ? mine : theirs) >> 16 * j) - __uint_as_float(how & 0xFFFF0000u);
+      const float key = Half<T>::to_float((second == upper ? mine : theirs) >> 16 * j);
+      const float offset = key - __uint_as_float(how & 0xFFFF0000u);
       const uint32_t code = (offset > 0.5f * step) + (offset >= 1.5f * step) + (offset > 2.5f * step);
       word |= code << (2 * i + 16 * j);
     }

@@ -64,7 +64,7 @@ class Page {
   // `source`: from find_page_rows.
   __device__ __forceinline__ Page(const WriteParams& p, int page_shift, int64_t slot, int head, const int* source)
       : source_(source), row_stride_(p.key_row_stride), token_stride_(p.key_token_stride) {
-    const int64_t block = slot >> p.block_shift;
+    const unsigned block = slot >> p.block_shift;
     const int row = static_cast<int>(slot & ((1 << p.block_shift) - 1)), page = row >> page_shift;
     const int first = page << page_shift;
     count_ = row - first + 1;
@@ -81,7 +81,9 @@ class Page {
   __device__ __forceinline__ uint4 key(int row, unsigned channel) const {
     row = min(row, count_ - 1);
     const int from = source_[row];
-    const T* key = from < 0 ? cached_ + row * row_stride_ : given_ + from * token_stride_;
+    const bool is_new = from >= 0;  // no branch: a page has rows of both kinds
+    const unsigned index = is_new ? from : row;
+    const T* key = (is_new ? given_ : cached_) + index * (is_new ? token_stride_ : row_stride_);
     return *reinterpret_cast<const uint4*>(key + channel);
   }
 
@@ -151,17 +153,19 @@ class NewRow {
     const T* value = static_cast<const T*>(p.value) + token * p.value_token_stride + head * p.value_head_stride_in;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      if (p.key != nullptr && at(k) < 2 * D) vectors_[k] = *reinterpret_cast<const uint4*>(at(k) < D ? key + at(k) : value + at(k) - D);
+      if (p.key == nullptr || at(k) >= 2 * D) continue;
+      vectors_[k] = *reinterpret_cast<const uint4*>(at(k) < D ? key + at(k) : value + at(k) - D);
     }
   }
 
   __device__ __forceinline__ void store(const WriteParams& p, int64_t slot, int head) const {
-    const int64_t block = slot >> p.block_shift, row = slot & ((1 << p.block_shift) - 1);
+    const unsigned block = slot >> p.block_shift, row = slot & ((1 << p.block_shift) - 1);
     T* key = static_cast<T*>(p.keys) + block * p.key_block_stride + head * p.key_head_stride + row * p.key_row_stride;
     T* value = static_cast<T*>(p.values) + block * p.value_block_stride + head * p.value_head_stride + row * p.value_row_stride;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      if (p.key != nullptr && at(k) < 2 * D) *reinterpret_cast<uint4*>(at(k) < D ? key + at(k) : value + at(k) - D) = vectors_[k];
+      if (p.key == nullptr || at(k) >= 2 * D) continue;
+      *reinterpret_cast<uint4*>(at(k) < D ? key + at(k) : value + at(k) - D) = vectors_[k];
     }
   }
 
