@@ -32,74 +32,88 @@ __device__ __forceinline__ uint32_t to_bfloat16(float x) {
   return x == x ? (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16 : 0x7FC0u;
 }
 
-// A lane's eight neighbouring channels of a page, and how those of them that are coded are coded.
+// Eight neighbouring pairs of a page's channels are a warp's work. Lane r of its first half holds the pairs' first
+// channels of row r, lane 16 + r the second ones; rows past the page's last repeat it.
+
+// The first of the calling lane's eight channels.
+template <int D>
+__device__ __forceinline__ unsigned first_channel(unsigned eight) {
+  constexpr unsigned kApart = D / 4;  // from a pair's first channel to its second
+  return 8 * eight / kApart * 2 * kApart + 8 * eight % kApart + lane_id() / 16 * kApart;
+}
+
+// Of two lanes `distance` apart, the lower gets the least of both lanes' `a`, the upper that of their `b`.
+template <typename T>
+__device__ __forceinline__ uint32_t fold(uint32_t a, uint32_t b, int distance) {
+  const bool upper = lane_id() & distance;
+  return Half<T>::min2(upper ? b : a, __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, distance));
+}
+
+// A bound over the rows of channel lane % 8 of this half of the warp: its least key, or minus the greatest in the upper
+// eight lanes.
+template <typename T>
+__device__ __forceinline__ float bound_of_rows(const uint4& key) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = fold<T>((&key.x)[i], (&key.x)[i] ^ 0x80008000u, 8);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) words[i] = fold<T>(words[i], words[i + 2], 4);
+  const uint32_t word = fold<T>(words[0], words[1], 2);
+  return Half<T>::to_float(fold<T>(word, word, 1) >> 16 * (lane_id() % 2));
+}
+
+// Stores what the page's tokens share. Lanes 0 to 7 return how their pair's tokens are coded: the base's bits above
+// those of a bfloat16 step, NaN where every code is 0, negative where the second channel is coded.
 template <typename T, int D>
-class PageEncoder {
- public:
-  static constexpr int kLanes = D / 8;  // lanes to a row of keys
-  static constexpr int kApart = kLanes / 4;  // lanes from a pair's first channel to its second
+__device__ __forceinline__ uint32_t store_shared(uint8_t* page, unsigned eight, float bound) {
+  const unsigned pair = 8 * eight + lane_id() % 8;
+  const bool is_high = lane_id() & 8;
+  const float opposite = __shfl_xor_sync(0xFFFFFFFFu, bound, 8);
+  const float low = is_high ? opposite : bound, high = is_high ? -bound : -opposite;
+  const float second_low = __shfl_xor_sync(0xFFFFFFFFu, low, 16), second_high = __shfl_xor_sync(0xFFFFFFFFu, high, 16);
+  if (lane_id() >= 16) return 0;
+  const bool second = second_high - second_low > high - low;  // of the pair is coded
+  const float least = second ? second_low : low;
+  const float range = (second ? second_high : high) - least;
+  const float middle = (second ? low + high : second_low + second_high) * 0.5f + 0.f;  // no -0
+  const uint32_t code = to_fp8(is_high ? middle : range * 0.25f);  // one conversion for both
+  if (is_high) {
+    page[D * 3 / 2 + pair] = code;
+    return 0;
+  }
+  const float step = fp8_magnitude(code & 0x7Fu);
+  const uint32_t base = to_bfloat16(least + step * 0.5f);
+  page[D + pair] = (code & 0x7Fu) | (second ? 0x80u : 0u);
+  reinterpret_cast<uint16_t*>(page)[pair] = base;
+  return base << 16 | (second ? 0x8000u : 0u) | (step > 0.f ? __float_as_uint(step) >> 16 : 0x7FC0u);
+}
 
-  // `low` and `high`: of this lane's channels over all of the page's keys.
-  __device__ __forceinline__ PageEncoder(const uint4& low, const uint4& high) {
+// Stores the codes of the page's `count` tokens, and 0 for those to come. `shared`: from store_shared.
+template <typename T, int D>
+__device__ __forceinline__ void store_codes(uint8_t* page, unsigned eight, const uint4& keys, uint32_t shared, int count) {
+  const int row = lane_id() % 16;
+  const bool upper = lane_id() & 16;  // codes the last four pairs, its neighbour in the other half the first four
+  uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float mine_low = channel(low, i), mine_high = channel(high, i);
-      const float other_low = __shfl_xor_sync(0xFFFFFFFFu, mine_low, kApart);
-      const float other_high = __shfl_xor_sync(0xFFFFFFFFu, mine_high, kApart);
-      const float range = mine_high - mine_low, other_range = other_high - other_low;
-      const bool second = is_first() ? other_range > range : range > other_range;  // of the pair is coded
-      const bool coded = second != is_first();
-      const float least = coded ? mine_low : other_low;
-      const uint32_t step_code = to_fp8(((coded ? mine_high : other_high) - least) * 0.25f) & 0x7Fu;
-      const float step = fp8_magnitude(step_code);
-      const uint32_t base = to_bfloat16(least + step * 0.5f);
-      const uint32_t rest = to_fp8((coded ? other_low + other_high : mine_low + mine_high) * 0.5f + 0.f);  // no -0
-      base_[i] = __uint_as_float(base << 16);
-      step_[i] = coded && step > 0.f ? step : NAN;  // compares as nothing
-      (&bases_.x)[i / 2] |= base << 16 * (i % 2);
-      (&steps_.x)[i / 4] |= (step_code | (second ? 0x80u : 0u)) << 8 * (i % 4);
-      (&rests_.x)[i / 4] |= rest << 8 * (i % 4);
-    }
-  }
-
-  // What the page's tokens share, by the lanes of a row's first channels.
-  __device__ __forceinline__ void store_shared(uint8_t* page) const {
-    if (!is_first()) return;
-    *reinterpret_cast<uint4*>(page + 2 * first_pair()) = bases_;
-    *reinterpret_cast<uint2*>(page + D + first_pair()) = steps_;
-    *reinterpret_cast<uint2*>(page + D * 3 / 2 + first_pair()) = rests_;
-  }
-
-  // A token's words, once every lane of its row has called this; 0 for a row that is not `written`.
-  __device__ __forceinline__ void store_token(uint8_t* page, int token, const uint4& key, bool written) const {
-    uint32_t word = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t front = (&keys.x)[i], back = (&keys.x)[i + 2];
+    const uint32_t mine = upper ? back : front;
+    const uint32_t theirs = __shfl_xor_sync(0xFFFFFFFFu, upper ? front : back, 16);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float offset = channel(key, i) - base_[i];
-      const uint32_t code = (offset > 0.5f * step_[i]) + (offset >= 1.5f * step_[i]) + (offset > 2.5f * step_[i]);
-      word |= code << (i / 2 * 2 + i % 2 * 16);
-    }
-    word = written ? word << 8 * (lane_id() % 2) : 0;
-    word |= __shfl_xor_sync(0xFFFFFFFFu, word, kApart);
-    word |= __shfl_xor_sync(0xFFFFFFFFu, word, 1);
-    if (is_first() && lane_id() % 2 == 0) {
-      *reinterpret_cast<uint32_t*>(page + 2 * D + 4 * (first_pair() + token)) = word;
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t how = __shfl_sync(0xFFFFFFFFu, shared, (upper ? 4 : 0) + 2 * i + j);
+      const bool second = how & 0x8000u;
+      const float step = __uint_as_float((how & 0x7FFFu) << 16);
+      const float key = Half<T>::to_float((second == upper ? mine : theirs) >> 16 * j);
+      const float offset = key - __uint_as_float(how & 0xFFFF0000u);
+      const uint32_t code = (offset > 0.5f * step) + (offset >= 1.5f * step) + (offset > 2.5f * step);
+      word |= code << (2 * i + 16 * j);
     }
   }
-
- private:
-  __device__ __forceinline__ static bool is_first() { return (lane_id() & kApart) == 0; }
-  __device__ __forceinline__ static int first_pair() {
-    const int eight = lane_id() % kLanes;
-    return (eight / (2 * kApart) * kApart + eight % kApart) * 8;
-  }
-  __device__ __forceinline__ static float channel(const uint4& eight, int i) {
-    return Half<T>::to_float((&eight.x)[i / 2] >> 16 * (i % 2));
-  }
-
-  float base_[8], step_[8];
-  uint4 bases_ = make_uint4(0, 0, 0, 0);
-  uint2 steps_ = make_uint2(0, 0), rests_ = make_uint2(0, 0);
-};
+  word <<= upper ? 4 : 0;
+  word |= __shfl_xor_sync(0xFFFFFFFFu, word, 16);
+  uint8_t* bytes = page + 2 * D + 4 * (eight / 2 * 16 + row) + eight % 2;  // of the token's word: this one, and two further
+  bytes[upper ? 2 : 0] = row < count ? word >> (upper ? 16 : 0) : 0;
+}
 
 }  // namespace quest

@@ -107,6 +107,10 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int step) {
   return exchange(value, static_cast<int>(threadIdx.x % 32) ^ step);
 }
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return exchange(value, from);
+}
 inline int __any_sync(unsigned, bool vote) {
   int any = vote;
   for (int step = 16; step > 0; step /= 2) any |= __shfl_xor_sync(0u, any, step);

@@ -5,26 +5,32 @@
 #include "write_kv.cu"
 
 static const quest::WriteParams* params;
+static int shift;
 static bool reversed;
 
 static void run_lane(unsigned lane) {
   const quest::WriteParams& p = *params;
-  const unsigned units = p.num_tokens * p.num_kv_heads;
-  for (unsigned i = 0; i < units; ++i) {
-    const unsigned unit = reversed ? units - 1 - i : i;
-    blockIdx.x = unit / quest::kWarps;
-    threadIdx.x = unit % quest::kWarps * 32 + lane;
+  const unsigned warps = quest::count_ctas(p, shift) * quest::kWarps;
+  for (unsigned i = 0; i < warps; ++i) {
+    const unsigned warp = reversed ? warps - 1 - i : i;
+    blockIdx.x = warp / quest::kWarps;
+    threadIdx.x = warp % quest::kWarps * 32 + lane;
     if (p.page_summary == quest::kKeyCodes) {
-      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>(p);
+      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, true>(p, shift);
     } else {
-      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>(p);
+      quest::write_kv_kernel<__nv_bfloat16, QUEST_HEAD_DIM, false>(p, shift);
     }
     __syncwarp();
   }
 }
 
-extern "C" int write_kv_on_host(const quest::WriteParams* p, int backwards) {
+// `parts`: warps that share a (token, KV head); 0: as many as a launch would take.
+extern "C" int write_kv_on_host(const quest::WriteParams* p, int backwards, int parts) {
   params = p;
+  shift = parts ? std::bit_width(static_cast<unsigned>(parts)) - 1 : quest::choose_parts_shift(*p);
   reversed = backwards;
   return Warp::run(run_lane, reversed) ? 0 : 1;
 }
+
+// Warps that a launch takes for a (token, KV head).
+extern "C" int write_kv_parts(const quest::WriteParams* p) { return 1 << quest::choose_parts_shift(*p); }
