@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +146,7 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
 
 
 def adapt(llm: Any, prompts: list[str], budgets: list[int], setting: Setting) -> tuple[list[Run], list[float]]:
-    """The mixed batch under a top_p, and by it: rows' heads counted, tokens that they attended to, pages, pages left."""
+    """The mixed batch under a top_p; heads of rows that adapted, the tokens they read, pages taken, of how many."""
     names = ("quest_tokens_reached_count", "quest_tokens_reached_sum")
     names += ("quest_pages_selected_total", "quest_pages_available_total")
     before = [samples(name) for name in names]
