@@ -214,9 +214,7 @@ def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(graphed: Grap
 def test_budgets_adapt_in_graphs_as_in_eager_steps_and_are_counted(graphed: Graphed, eager: Eager, tie: float) -> None:
     check_equal(graphed.adapted, eager.adapted, SPARSE * tie, "top_p in graphs against eager")
     heads, tokens, pages, available = graphed.reached
-    print(
-        f"{heads:.0f} heads reached their share of mass with {tokens / heads:.0f} tokens, {pages / available:.2f} of pages"
-    )
+    print(f"{heads:.0f} heads took {tokens / heads:.0f} tokens on average, {pages / available:.2f} of their pages")
     assert heads > 0 and pages < available
     assert tokens / heads >= 48  # the forced pages
 
