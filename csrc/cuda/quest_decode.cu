@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   mark(p, 1);
   float2 range = make_float2(0.f, 0.f);
   // no score is needed where nothing competes, unless somebody reads them
-  const bool adaptive = row.top_p < 1.f && row.ranked > 0;
-  const bool competition = adaptive || (!row.dense && row.ranked > 0 && row.ranked < row.last - row.first);
+  const bool crowded = row.ranked < row.last - row.first;
+  const bool competition = !row.dense && row.ranked > 0 && (crowded || top_p_of(p, row.req) < 1.f);
   if (p.stages == kScore ? row.total > 0 : competition && (p.stages & kScore)) {
     range = Scorer(p, row, window, buffer, p.plane_pages).run(query, shared, early_block);
     if (p.stages == kScore) store_scores(p, row, p.scores + row_index * p.max_pages, buffer);
@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   if (p.stages != kScore && !row.dense) {
     const bool select = p.stages & kSelect;
     if (select) selector.find_threshold(range);
-    if (select && adaptive) by_mass.find([&](int i) { return selector.chooses(i); });
+    if (const float top_p = top_p_of(p, row.req); select && row.ranked > 0 && top_p < 1.f) {
+      by_mass.find(top_p, [&](int i) { return selector.chooses(i); });
+    }
     const auto chooses = [&](int i) { return selector.chooses(i) && by_mass.needs(i); };
     if (select && p.chosen != nullptr) {
       row.each_page([&](int i) {

@@ -39,7 +39,7 @@ class ShareSelector {
 
   // `taken(i)`: whether the budget takes the CTA's i-th page. All threads of the row's CTAs call it, once.
   template <typename F>
-  __device__ __forceinline__ void find(F taken) {
+  __device__ __forceinline__ void find(float top_p, F taken) {
     cluster_sync();  // the ranges of the scores, the histograms and the candidates have been read
     float2 mine = make_float2(INFINITY, -INFINITY);
     row_.each_page([&](int i) {
@@ -80,7 +80,7 @@ class ShareSelector {
       const MassSum before = block_exclusive_scan(mass, s_.mass_scan, total);
       if (shift == 56) {
         above = forced;
-        wanted = static_cast<MassSum>(ceil(static_cast<double>(row_.top_p) * static_cast<double>(forced + total)));
+        wanted = static_cast<MassSum>(ceil(static_cast<double>(top_p) * static_cast<double>(forced + total)));
         if (wanted <= forced) {
           least_ = ~Key{0};
           return;
@@ -112,7 +112,8 @@ class ShareSelector {
     const float score = scores_[i];
     return score != score ? INFINITY : score + 0.f;
   }
-  __device__ __forceinline__ float log_mass(int i) const { return score(i) * unit_; }
+  // Rounded, not fused with a subtraction: the peak less itself is zero, however large.
+  __device__ __forceinline__ float log_mass(int i) const { return __fmul_rn(score(i), unit_); }
 
   __device__ __forceinline__ void clear(bool forced) {
     if (threadIdx.x < kBins) {

@@ -30,6 +30,10 @@ struct alignas(128) Shared {
   int taken_inbox[kMaxCluster];  // pages that each CTA attends to
 };
 
+// Share of its budget's mass that is enough for a request; 1: the budget is spent. Asked for again where it is needed: kept
+// in a register, it made the scoring spill.
+__device__ __forceinline__ float top_p_of(const DecodeParams& p, int req) { return p.top_p == nullptr ? 1.f : p.top_p[req]; }
+
 // One row: a request and a selection head. All CTAs of a cluster see the same one. Of every `size` neighbouring pages a
 // CTA owns one, in an order that a hash shuffles, so that no pattern in the text makes one CTA's part of the chosen pages
 // much longer than another's. It scores its own pages and attends to those of them that are chosen.
@@ -42,7 +46,6 @@ struct Row {
   uint32_t inverse;         // 2^31 over `size`, rounded up
   int turn;                 // the cluster's CTA that has rank 0: not always the cluster's first
   int count;                // pages that this CTA owns
-  float top_p;              // share of the budget's mass that is enough; 1: the budget is spent
   bool dense;               // the budget covers the context, and all of it is wanted
 
   // What is known before the row's length is, as if all CTAs had work.
@@ -65,11 +68,10 @@ struct Row {
     row.kv_head = row.head * p.rows / p.heads_per_kv;
     row.seq_len = max(p.seq_lens[row.req], 0);
     const int budget = p.page_budgets[row.req];
-    row.top_p = p.top_p == nullptr ? 1.f : p.top_p[row.req];
     row.total = min((row.seq_len + (1 << p.page_shift) - 1) >> p.page_shift, p.max_pages);
     row.take = max(min(budget, row.total), 0);
     // not `take == total`: ptxas 13.0.88 compiles that to a wrong answer after the clamp above
-    row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend) && !(row.top_p < 1.f);
+    row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend) && !(top_p_of(p, row.req) < 1.f);
     const int recent = min(p.recent_pages, row.take);
     const int sink = min(min(p.sink_pages, max(row.total - p.recent_pages, 0)), row.take - recent);
     row.first = sink;
