@@ -26,7 +26,7 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
 // Waits for the kernel before, when this one was launched early; else costs nothing.
-#ifdef QUEST_ON_HOST
+#ifdef QUEST_ON_HOST  // tests/kernels/cuda_on_host has the rest of what is asm here
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 #else
@@ -118,6 +118,7 @@ struct QueryFragment {
   }
 };
 
+#ifndef QUEST_ON_HOST
 // A cluster's shared memory. A CTA writes into its peers' inboxes and then meets them at a barrier.
 __device__ __forceinline__ void cluster_arrive() {
   __syncwarp();
@@ -174,6 +175,7 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+#endif
 
 // Exclusive prefix sum over the block's threads, by way of kWarps ints of shared memory.
 __device__ __forceinline__ int block_exclusive_scan(int value, int* shared) {

@@ -18,19 +18,6 @@ __device__ __forceinline__ void store_scores(const DecodeParams& p, const Row& r
   });
 }
 
-// The selection stage by itself: returns the scores' range.
-__device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, const float* global, float* buffer) {
-  float2 range = make_float2(INFINITY, -INFINITY);
-  row.each_page([&](int i) {
-    if (i >= row.count) return;
-    const int page = row.page(i);
-    const float score = buffer[i] = global[page];
-    if (row.competes(page) && fabsf(score) < INFINITY) range = make_float2(fminf(range.x, score), fmaxf(range.y, score));
-  });
-  offer_range(row, shared, range);
-  return take_range(row, shared);
-}
-
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
 template <int D>
 __host__ __device__ constexpr int window_bytes(int rows) {
@@ -113,10 +100,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
     cluster_sync();  // nobody leaves while others write to its inbox
   }
   if (p.taken != nullptr && threadIdx.x == 0 && row.rank == 0) {
-    int taken = 0;
-#pragma unroll 1
-    for (int c = 0; c < row.size; ++c) taken += shared.taken_inbox[c];
-    p.taken[row.req * p.taken_req_stride + row.head] = taken;
+    p.taken[row.req * p.taken_req_stride + row.head] = row.taken(shared);
   }
   mark(p, 5);
 }

@@ -175,6 +175,19 @@ class PageSelector {
   bool ties_ = false;  // whether pages whose score is `tie_` compete by their number
 };
 
+// The selection stage by itself: returns the scores' range.
+__device__ __forceinline__ float2 load_scores(const Row& row, Shared& shared, const float* global, float* buffer) {
+  float2 range = make_float2(INFINITY, -INFINITY);
+  row.each_page([&](int i) {
+    if (i >= row.count) return;
+    const int page = row.page(i);
+    const float score = buffer[i] = global[page];
+    if (row.competes(page) && fabsf(score) < INFINITY) range = make_float2(fminf(range.x, score), fmaxf(range.y, score));
+  });
+  offer_range(row, shared, range);
+  return take_range(row, shared);
+}
+
 // Lists this CTA's pages for which `chooses(i)` holds, warp after warp, in `listed` or, where there is no room, in
 // `spare`; returns how many there are. All threads of the CTA call it; the list is theirs afterwards.
 template <typename F>

@@ -118,6 +118,14 @@ struct Row {
   }
   __device__ __forceinline__ static int first_of(int group) { return (group * kWarps + warp_id()) * 8; }
 
+  // How many pages all CTAs attend to, once each has told the one of rank 0.
+  __device__ __forceinline__ int taken(const Shared& shared) const {
+    int all = 0;
+#pragma unroll 1
+    for (int c = 0; c < size; ++c) all += shared.taken_inbox[c];
+    return all;
+  }
+
   // Calls `visit(i)` for the pages of this warp, one a lane, in lockstep; i >= count where a lane has none.
   template <typename F>
   __device__ __forceinline__ void each_page(F visit) const {

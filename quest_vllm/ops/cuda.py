@@ -37,6 +37,7 @@ ALL_SCORE_BYTES = 72 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
+LOG2_E = math.log2(math.e)
 CLUSTER_SIZES = (8, 4, 3, 2)  # by default: larger ones did not all find their SMs, and 6 may not in a whole model
 
 
@@ -366,13 +367,9 @@ def quest_decode(
     params.reduction, params.stages = REDUCTIONS[group_reduction], SCORE | SELECT | ATTEND
     params.bound_radius, params.scale, params.softcap = bound_radius, scale, softcap
     # masses that are joined over heads are powers of two until they leave the kernel
-    unit = 1.0 if group_reduction == "mass" else math.log2(math.e) * mass_scale_of(group_reduction, scale, page_summary)
+    unit = 1.0 if group_reduction == "mass" else LOG2_E * mass_scale_of(group_reduction, scale, page_summary)
     _set_top_p(params, top_p, unit)
-    if taken is not None:
-        _check_index(taken, "taken")
-        if taken.shape != (shape.num_reqs, shape.num_select_heads):
-            raise ValueError(f"taken: expected {(shape.num_reqs, shape.num_select_heads)}, got {tuple(taken.shape)}")
-        params.taken, params.taken_req_stride = taken.data_ptr(), taken.stride(0)
+    _set_taken(params, taken)
     _launch_decode(params, shape, query, cluster_size, warps, timeline)
     return out
 
@@ -383,6 +380,16 @@ def _set_top_p(params: DecodeParams, top_p: torch.Tensor | None, unit: float) ->
     if top_p is not None:
         _check_index(top_p, "top_p", torch.float32)
         params.top_p = top_p.data_ptr()
+
+
+def _set_taken(params: DecodeParams, taken: torch.Tensor | None) -> None:
+    if taken is None:
+        return
+    _check_index(taken, "taken")
+    shape = (params.num_reqs, params.num_select_heads)
+    if taken.shape != shape:
+        raise ValueError(f"taken: expected a shape of {shape}, got {tuple(taken.shape)}")
+    params.taken, params.taken_req_stride = taken.data_ptr(), taken.stride(0)
 
 
 def score_pages(
@@ -441,7 +448,7 @@ def select_pages(
     scores = page_scores.contiguous()
     params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
-    _set_top_p(params, top_p, math.log2(math.e) * mass_scale)
+    _set_top_p(params, top_p, LOG2_E * mass_scale)
     _launch_decode(params, shape, query, cluster_size)
     return _as_list(chosen, max_page_budget)
 

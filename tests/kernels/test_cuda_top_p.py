@@ -12,14 +12,13 @@ from quest_vllm.ops import cuda, reference
 from tests.kernels.paged import PagedCase
 from tests.kernels.test_cuda_codes import encode
 from tests.kernels.test_cuda_ops import CLUSTERS, DEVICE, assert_near, build, ints, run, warp_counts
+from tests.kernels.top_p import assert_same_choice
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU"),
 ]
 
-SLACK = 1e-5
-"""Share by which a float32 sum may miss the line between one page and the next."""
 LENGTHS = [0, 1, 100, 583, 1300, 16 * 70 + 3]
 BUDGETS = [3, 3, 200, 30, 60, 200]  # pages; the third and the last cover their rows
 TOP_PS = [0.5, 0.5, 0.62, 1.0, 0.93, 0.81]
@@ -29,17 +28,13 @@ def floats(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, device=DEVICE)
 
 
-def assert_same_choice(
-    got: torch.Tensor, want: torch.Tensor, log_mass: torch.Tensor, whole: torch.Tensor, top_p: torch.Tensor
+def check(
+    got: torch.Tensor, want: torch.Tensor, whole: torch.Tensor, log_mass: torch.Tensor, top_p: torch.Tensor
 ) -> None:
-    """Lists ``got`` are the reference's ``want``, or one page more or less where the share is on the line."""
-    for row, head in (got != want).any(dim=-1).nonzero().tolist():
-        mine, theirs = ({p for p in pages[row, head].tolist() if p >= 0} for pages in (got, want))
-        smaller, larger = sorted((mine, theirs), key=len)
-        assert smaller < larger and len(larger) == len(smaller) + 1, (row, head, mine ^ theirs)
-        ceiling = [page for page in whole[row, head].tolist() if page >= 0]
-        mass = dict(zip(ceiling, log_mass[row, head, ceiling].double().softmax(-1).tolist(), strict=True))
-        assert abs(sum(mass[page] for page in smaller) - float(top_p[row])) < SLACK, (row, head)
+    """Lists ``got`` are the reference's ``want`` but for a page on the line; ``whole``: all of the budget's."""
+    width = log_mass.shape[-1]
+    flags = [cuda._as_flags(pages, width).bool() for pages in (got, want, whole)]
+    assert_same_choice(*flags, log_mass.double(), top_p)
 
 
 @pytest.mark.parametrize(("sink_pages", "recent_pages"), [(1, 2), (0, 0), (3, 4)])
@@ -70,7 +65,7 @@ def test_selection_equals_the_reference(kind: str, sink_pages: int, recent_pages
             want = reference.select_pages(*rows, **options, **share)
             for cluster in CLUSTERS:
                 got = cuda.select_pages(*rows, cluster_size=cluster, **options, **share)
-                assert_same_choice(got, want, scores * 0.3, whole, top_p)
+                check(got, want, whole, scores.double() * 0.3, top_p)
 
 
 def test_a_million_tokens() -> None:
@@ -82,7 +77,7 @@ def test_a_million_tokens() -> None:
     share = {"page_size": 16, "top_p": top_p, "mass_scale": 2.0, "max_page_budget": pages}
     want = reference.select_pages(*rows, **share)
     for cluster in (1, 8, 16):
-        assert_same_choice(cuda.select_pages(*rows, cluster_size=cluster, **share), want, scores * 2, whole, top_p)
+        check(cuda.select_pages(*rows, cluster_size=cluster, **share), want, whole, scores.double() * 2, top_p)
 
 
 def summarised(page_summary: str, shape: tuple[int, ...]) -> PagedCase:
@@ -119,7 +114,7 @@ def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], reduction: str, 
             launch = {"cluster_size": cluster, "warps": warps, "top_p": top_p, **scoring}
             out = run(case, BUDGETS, chosen=chosen, taken=taken[1], **launch)
             got = cuda._as_list(chosen, width)
-            assert_same_choice(got, want, scores * mass_scale, whole, top_p)
+            check(got, want, whole, scores.double() * mass_scale, top_p)
             assert torch.equal(taken[1], chosen.sum(dim=-1, dtype=torch.int32)) and (taken[[0, 2]] == -1).all()
             assert (taken[1, 2:3] <= reference.num_pages(case.seq_lens, 16)[2]).all()
 
@@ -176,5 +171,5 @@ def test_what_is_refused() -> None:
     case = build([300])
     with pytest.raises(ValueError, match=r"top_p: expected contiguous torch\.float32, got torch\.float64"):
         run(case, [5], top_p=floats([0.5]).double())
-    with pytest.raises(ValueError, match=r"taken: expected \(1, 2\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"taken: expected a shape of \(1, 2\), got \(2, 2\)"):
         run(case, [5], taken=torch.zeros(2, 2, dtype=torch.int32, device=DEVICE))

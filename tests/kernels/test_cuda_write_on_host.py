@@ -7,40 +7,23 @@ do a warp's lanes between two of its meeting points: none may rely there on what
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quest_vllm.ops import build_tools, cuda, cuda_build, key_codes, reference
-from quest_vllm.ops.build_tools import KernelsUnavailable
+from quest_vllm.ops import cuda, cuda_build, key_codes, reference
 from quest_vllm.ops.cuda_params import WriteParams
+from tests.kernels.cuda_on_host import build
 from tests.kernels.paged import make_case
 
 CODES: dict[str, Any] = {"page_summary": "key_codes"}
-HOST = Path(__file__).with_name("cuda_on_host")
 
 
 @pytest.fixture(scope="module", params=cuda_build.HEAD_DIMS)
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """The kernel for one head dimension, as a host function."""
-    try:
-        headers = Path(shutil.which(cuda_build.find_nvcc()[0]) or "").resolve().parent.parent / "include"
-    except KernelsUnavailable as error:
-        pytest.skip(str(error))
-    if not (headers / "cuda_bf16.h").is_file():
-        headers = Path("/usr/local/cuda/include")
-    target = tmp_path_factory.mktemp("host") / "write_kv.so"
-    folders = [f"-I{folder}" for folder in (headers, build_tools.source_dir("cuda"), HOST)]
-    # lanes change stacks by longjmp, which a fortified one takes for an error
-    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-DQUEST_HEAD_DIM={request.param}"]
-    command = ["g++", *flags, *folders, str(HOST / "write_kv.cpp"), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    library = ctypes.CDLL(str(target))
+    library = build("write_kv.cpp", request.param, tmp_path_factory.mktemp("host"))
 
     def write(params: WriteParams, backwards: int = 0, parts: int = 0) -> None:
         """Launch; ``parts`` warps share a token of a KV head, 0: as many as on a GPU."""

@@ -31,7 +31,8 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 inline Index threadIdx, blockIdx;
-inline uint32_t exchange_slots[32];
+inline uint64_t warp_slots[32];
+inline uint64_t* exchange_slots = warp_slots;  // of the warp that runs
 
 // The lanes of one warp, each on a stack of its own.
 class Warp {
@@ -91,15 +92,16 @@ class Warp {
   }
 };
 
-inline void __syncwarp() { Warp::meet(); }
+inline void (*meet_warp)() = Warp::meet;
+inline void __syncwarp() { meet_warp(); }
 
 template <typename T>
 T exchange(T value, int from) {
-  static_assert(sizeof(T) == 4);
-  std::memcpy(&exchange_slots[threadIdx.x % 32], &value, 4);
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(&exchange_slots[threadIdx.x % 32], &value, sizeof(T));
   __syncwarp();
   T theirs;
-  std::memcpy(&theirs, &exchange_slots[from], 4);
+  std::memcpy(&theirs, &exchange_slots[from], sizeof(T));
   __syncwarp();
   return theirs;
 }
@@ -123,8 +125,10 @@ T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 T max(T a, T b) { return a < b ? b : a; }
 
-// Named in headers, and never called here.
-size_t __cvta_generic_to_shared(const void*);
-void __syncthreads();
 template <typename T>
-T __shfl_up_sync(unsigned, T, int);
+T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return exchange(value, lane < step ? lane : lane - step);
+}
+
+void __syncthreads();  // cluster.h has it; never called by what runs a warp at a time
