@@ -158,13 +158,14 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCudaMetadata:
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
+        self.reached.collect()
         if self._is_draft(common_attn_metadata):
             return self._stock(common_attn_metadata, fast_build)
-        self.reached.collect()
         return self._build(common_attn_metadata, self._classify(common_attn_metadata))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> QuestCudaMetadata:
         """As :meth:`build`; there are no requests behind the rows, so nothing is counted."""
+        self.reached.collect()  # also for dummy steps of a data-parallel rank, whose kernels write counts too
         return self._build(common_attn_metadata, None)
 
     def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> QuestCudaMetadata:

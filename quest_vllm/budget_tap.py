@@ -3,7 +3,8 @@
 Entry point ``vllm.logits_processors``: vLLM validates a request's parameters with it in the API process, and tells it
 in the worker which request has which batch slot. One class serves both model runners: V1 calls ``update_state`` in
 every step in which the batch changed (also for an all-greedy batch: argmax-invariant processors are skipped in
-sampling, not in bookkeeping) before the attention metadata is built; V2 calls ``add_request``.
+sampling, not in bookkeeping) before the attention metadata is built; V2 calls ``add_request``. V2's call of ``apply``
+comes right behind a forward pass: the moment to fetch what adaptive rows took (:mod:`quest_vllm.reached`).
 
 Limits: V1 drops entry-point processors under speculative decoding (:mod:`quest_vllm.worker_cpu` puts this one back);
 V2 with pipeline parallelism calls them on the last rank only. What remains is refused at start-up
@@ -13,6 +14,8 @@ V2 with pipeline parallelism calls them on the last rank only. What remains is r
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from quest_vllm.budget import (
     ABSENT,
@@ -28,6 +31,7 @@ from quest_vllm.budget import (
 )
 from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
 from quest_vllm.page.trace import get_trace_table, trace_number
+from quest_vllm.reached import collect_reached, counts_on_device
 from quest_vllm.runtime import config_of
 from quest_vllm.tally import get_tally_table, tally_number
 
@@ -85,12 +89,13 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
                 (table.swap if direction == MoveDirectionality.SWAP else table.move)(first, second)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """V2: a request takes slot ``req_idx``. False: its logits stay as they are."""
+        """V2: a request takes slot ``req_idx``. Whether its steps call :meth:`apply`: where a GPU counts for them."""
         self._set(req_idx, sampling_params)
-        return False
+        return counts_on_device() and bool(get_top_p_table().rows(1, np.array([req_idx]))[0] < 1)
 
     def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         """``logits``, untouched."""
+        collect_reached()
         return logits
 
     def _tables(self) -> tuple[BudgetTable, ...]:

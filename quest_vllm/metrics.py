@@ -225,9 +225,13 @@ class WorkerMetrics:
         self._recorder.observe("quest_token_budget", tokens, count=count)
 
     def reached(self, tokens: npt.NDArray[np.int64]) -> None:
-        """Heads of adaptive rows attended to ``tokens`` each, in one layer."""
-        for value, count in zip(*np.unique(tokens, return_counts=True), strict=True):
-            self._recorder.observe("quest_tokens_reached", int(value), count=int(count))
+        """Heads of adaptive rows attended to ``tokens``, any shape: an observation an entry."""
+        values = tokens.ravel()
+        buckets = np.searchsorted(METRICS["quest_tokens_reached"].buckets, values)
+        counts, sums = np.bincount(buckets), np.bincount(buckets, weights=values)
+        for bucket in np.flatnonzero(counts):  # its mean lies in the bucket, and stands for all that do
+            count = int(counts[bucket])
+            self._recorder.observe("quest_tokens_reached", float(sums[bucket]) / count, count=count)
 
     def stage_seconds(self, stage: str, seconds: float) -> None:
         """``seconds`` went into ``stage``, one of :data:`STAGES`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -65,6 +66,10 @@ class StepLog:
             steps = [self._steps.popleft() for _ in range(len(self._steps))]
             if steps:
                 record_step(self._group, *joined(steps))
+        self._count_reached()
+
+    def _count_reached(self) -> None:
+        with self._counting:
             for _ in range(len(self._reached)):
                 self._reached.popleft()()
 
@@ -79,12 +84,18 @@ class StepLog:
         while True:
             self._some.wait()
             self._some.clear()
-            self._urgent.wait(LAG)
-            self._urgent.clear()
-            try:
-                self.count()
-            except Exception:
-                logger.exception("quest_vllm: steps could not be counted: metrics lack them, answers are not affected")
+            end = time.monotonic() + LAG
+            while self._urgent.wait(max(0.0, end - time.monotonic())):
+                self._urgent.clear()
+                self._try(self._count_reached)
+            self._try(self.count)
+
+    @staticmethod
+    def _try(count: Callable[[], None]) -> None:
+        try:
+            count()
+        except Exception:
+            logger.exception("quest_vllm: steps could not be counted: metrics lack them, answers are not affected")
 
 
 def joined(steps: list[Step]) -> Step:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quest_vllm.audit import audit_summaries
+from quest_vllm.tally import TALLY_XARG
 
 NOUNS = ("river", "garden", "engine", "letter", "window", "market", "bridge", "forest", "mirror", "harbour")
 
@@ -104,9 +105,19 @@ class Run:
     logprobs: list[dict[int, float]]
 
 
-def run(llm: Any, prompts: Sequence[str], budgets: Sequence[int], tokens: int, top_p: float = 1.0) -> list[Run]:
-    """Answer ``prompts`` in one batch, each with its budget."""
-    outputs = llm.generate(list(prompts), [params(budget, tokens, top_p) for budget in budgets], use_tqdm=False)
+def run(
+    llm: Any,
+    prompts: Sequence[str],
+    budgets: Sequence[int],
+    tokens: int,
+    top_p: float = 1.0,
+    tallies: Sequence[int] = (),
+) -> list[Run]:
+    """Answer ``prompts`` in one batch, each with its budget, and counted under its number in ``tallies``."""
+    sampling = [params(budget, tokens, top_p) for budget in budgets]
+    for one, number in zip(sampling, tallies, strict=False):
+        one.extra_args[TALLY_XARG] = number
+    outputs = llm.generate(list(prompts), sampling, use_tqdm=False)
     return [
         Run(
             list(output.outputs[0].token_ids),

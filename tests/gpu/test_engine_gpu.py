@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from quest_vllm.config import QuestConfig
 from quest_vllm.step_log import LAG
+from quest_vllm.tally import Tally, find_tally, new_tally
 from tests.features.conftest import counted_rows, engine, samples
 from tests.gpu.engine_runs import (
     SETTINGS,
@@ -109,13 +111,21 @@ def stock(model: Path, setting: Setting, prompts: list[str]) -> list[Run]:
 
 
 @dataclass
+class Adapted:
+    """A batch under a top_p; heads of rows that adapted, the tokens they read, pages taken, of how many; each row's."""
+
+    answers: list[Run]
+    reached: list[float]
+    tallies: list[Tally | None]
+
+
+@dataclass
 class Graphed:
     """Runs of the plugin's engine with decode graphs and a small KV cache."""
 
     covered: list[Run]
     mixed: list[Run]
-    adapted: list[Run]
-    reached: list[float]
+    adapted: Adapted
     alone: dict[tuple[int, int], Run]
     swapped: dict[tuple[int, int], Run]
     rows: dict[str, int]
@@ -130,7 +140,7 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
     with engine(model, **engine_settings(setting, **graphs(setting, 8))) as llm:
         covered = run(llm, prompts[:4], [setting.max_model_len] * 4, setting.tokens)
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
-        adapted, reached = adapt(llm, prompts, budgets, setting)
+        adapted = adapt(llm, prompts, budgets, setting)
         # prefixes are cached by now: prefill does the same for all of these
         alone, swapped = {}, {}
         with counted_rows() as rows:
@@ -142,19 +152,20 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
                 swapped[0, first], swapped[1, second] = both
         widths = llm.collective_rpc(captured_widths)[0] if setting.graphs else [1]
         load = mixed_load(llm, setting)
-        return Graphed(covered, mixed, adapted, reached, alone, swapped, dict(rows), widths, load)
+        return Graphed(covered, mixed, adapted, alone, swapped, dict(rows), widths, load)
 
 
-def adapt(llm: Any, prompts: list[str], budgets: list[int], setting: Setting) -> tuple[list[Run], list[float]]:
-    """The mixed batch under a top_p; heads of rows that adapted, the tokens they read, pages taken, of how many."""
+def adapt(llm: Any, prompts: list[str], budgets: list[int], setting: Setting) -> Adapted:
+    """Answer the mixed batch under a top_p, and count."""
     names = ("quest_tokens_reached_count", "quest_tokens_reached_sum")
     names += ("quest_pages_selected_total", "quest_pages_available_total")
     before = [samples(name) for name in names]
-    runs = run(llm, prompts, budgets, setting.tokens // 2, TOP_P)
-    if setting.graphs:  # a step's counts come back with the next one
-        run(llm, prompts[:1], [0], 2)
+    numbers = [new_tally() for _ in prompts]
+    runs = run(llm, prompts, budgets, setting.tokens // 2, TOP_P, numbers)
+    if setting.graphs:
         time.sleep(3 * LAG)
-    return runs, [samples(name).get("", 0) - old.get("", 0) for name, old in zip(names, before, strict=True)]
+    found = [samples(name).get("", 0) - old.get("", 0) for name, old in zip(names, before, strict=True)]
+    return Adapted(runs, found, [find_tally(number) for number in numbers])
 
 
 @dataclass
@@ -162,7 +173,7 @@ class Eager:
     """Runs of the plugin's engine without graphs."""
 
     mixed: list[Run]
-    adapted: list[Run]
+    adapted: Adapted
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +181,7 @@ def eager(model: Path, setting: Setting, prompts: list[str], budgets: list[int])
     """All runs of that engine, in the order of the fields."""
     with engine(model, **engine_settings(setting)) as llm:
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
-        return Eager(mixed, run(llm, prompts, budgets, setting.tokens // 2, TOP_P))
+        return Eager(mixed, adapt(llm, prompts, budgets, setting))
 
 
 @dataclass
@@ -212,11 +223,27 @@ def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(graphed: Grap
 
 
 def test_budgets_adapt_in_graphs_as_in_eager_steps_and_are_counted(graphed: Graphed, eager: Eager, tie: float) -> None:
-    check_equal(graphed.adapted, eager.adapted, SPARSE * tie, "top_p in graphs against eager")
-    heads, tokens, pages, available = graphed.reached
+    check_equal(graphed.adapted.answers, eager.adapted.answers, SPARSE * tie, "top_p in graphs against eager")
+    heads, tokens, pages, available = graphed.adapted.reached
     print(f"{heads:.0f} heads took {tokens / heads:.0f} tokens on average, {pages / available:.2f} of their pages")
     assert heads > 0 and pages < available
     assert tokens / heads >= 48  # the forced pages
+
+
+def test_what_adaptive_rows_took_is_counted_to_the_last_step(
+    graphed: Graphed, eager: Eager, budgets: list[int], setting: Setting, model: Path
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    layers = config["num_hidden_layers"] - len(QuestConfig().dense_layers)
+    for adapted in (graphed.adapted, eager.adapted):
+        counted = [(budget, tally) for budget, tally in zip(budgets, adapted.tallies, strict=True) if tally is not None]
+        assert [budget for budget, _ in counted] == [budget for budget in budgets if budget]  # dense rows do not adapt
+        for budget, tally in counted:
+            assert tally.steps == pytest.approx(setting.tokens // 2 - 1)  # prefill makes the first token
+            assert 3 <= tally.pages / tally.steps <= budget / 16
+            assert 0 <= 16 * tally.pages - tally.tokens < 16 * tally.steps  # the newest page alone is partial
+        rows = len(counted) * (setting.tokens // 2 - 1)
+        assert adapted.reached[0] == rows * layers * config["num_key_value_heads"]
 
 
 def test_budgets_exchanged_between_rows_of_a_captured_graph(graphed: Graphed, tie: float) -> None:

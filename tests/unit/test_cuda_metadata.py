@@ -6,6 +6,8 @@ vLLM's own builder needs a GPU; here it returns what it was given. Everything of
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +18,10 @@ import torch
 from quest_vllm import backend_cuda, row_buffers
 from quest_vllm.accounting import LayerGroup
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaMetadata, QuestCudaMetadataBuilder
+from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaImpl, QuestCudaMetadata, QuestCudaMetadataBuilder
 from quest_vllm.budget import BudgetTable
 from quest_vllm.config import QuestConfig
-from quest_vllm.reached import ReachedCounts
+from quest_vllm.reached import ReachedCounts, collect_reached, counts_on_device
 from quest_vllm.row_buffers import RowBuffer
 from quest_vllm.token_rows import VerifyBuffers
 
@@ -235,3 +237,74 @@ def test_shares_of_verify_steps_and_of_rows_beside_a_prefill_chunk(table: Budget
     builder.build(0, common_metadata([1], [804], [2]))
     found = [counts[:, places, 1].tolist() for _, places, counts, _ in builder.read_back]
     assert found == [[[4, 5, 6, 7], [14, 15, 16, 17]], [[6, 7], [16, 17]]]
+
+
+@pytest.mark.parametrize("next_step", ["logits", "capture", "draft"])
+def test_counts_are_read_back_before_anything_else_runs(
+    table: BudgetTable, shares: BudgetTable, next_step: str
+) -> None:
+    builder = Builder(table)
+    table.set(1, 128)
+    shares.set(1, 0.5)
+    rows = builder.build(0, common_metadata([1], [800], [1])).sparse
+    layers_count(rows, {0: 5})
+    if next_step == "logits":
+        assert counts_on_device()
+        collect_reached()
+    elif next_step == "capture":  # or a dummy step, whose kernels write counts too
+        builder.build_for_cudagraph_capture(common_metadata([1], [1], None))
+    else:
+        builder.build(0, common_metadata([1], [800], None))
+    ((adaptive, places, counts, _),) = builder.read_back
+    assert adaptive.seq_lens.tolist() == [800] and counts[:, places, 0].tolist() == [[5], [15]]
+    layers_count(rows, {0: 9})
+    builder.build(0, common_metadata([1], [801], [1]))
+    assert len(builder.read_back) == 1  # once
+
+
+def test_groups_that_go_are_not_read(table: BudgetTable) -> None:
+    builder = Builder(table)
+    gone = weakref.ref(builder.reached)
+    assert counts_on_device()
+    del builder
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_verify_step_adapts_a_token_at_a_time(table: BudgetTable, shares: BudgetTable) -> None:
+    builder = Builder(table)
+    table.set(4, 96)
+    shares.set(4, 0.5)
+    # the forced pages cover the request's first two tokens, which the chain serves all the same
+    rows = builder.build(0, common_metadata([WIDTH], [50], [4], padded_to=2)).sparse
+    assert rows.top_ps.tolist() == [1, 1, 0.5, 0.5] + [1] * WIDTH
+    assert rows.served.tolist() == [True] * WIDTH + [False] * WIDTH
+    layers_count(rows, {2: 3, 3: 4})
+    builder.build_for_cudagraph_capture(common_metadata([1], [1], None))
+    ((adaptive, places, counts, _),) = builder.read_back
+    assert places.tolist() == [2, 3] and adaptive.seq_lens.tolist() == [49, 50]
+    assert counts[0, places, 0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("kind", ["decode", "verify", "mixed"])
+def test_each_layer_hands_its_rows_to_the_kernel(table: BudgetTable, shares: BudgetTable, kind: str) -> None:
+    builder = Builder(table)
+    for slot in range(3):
+        table.set(slot, 64)
+        shares.set(slot, 0.5)
+    query_lens = {"decode": [1] * 3, "verify": [WIDTH] * 3, "mixed": [1, 7, 1]}[kind]
+    prefilling = (1,) if kind == "mixed" else ()
+    rows = builder.build(0, common_metadata(query_lens, [500] * 3, [0, 1, 2], prefilling=prefilling)).sparse
+    given: list[dict[str, Any]] = []
+    impl = QuestCudaImpl.__new__(QuestCudaImpl)
+    impl.config, impl.scale, impl.logits_soft_cap = QuestConfig(), 1.0, 0.0
+    impl._ops = SimpleNamespace(quest_decode=lambda *tensors, **options: given.append({"query": tensors[0], **options}))
+    query = torch.zeros(sum(query_lens), 4, 8)
+    attend = impl._attend_sparse if kind == "decode" else impl._add_sparse
+    for layer in LAYERS:
+        attend(layer, query, SimpleNamespace(keys=None, values=None, summaries=None), rows, torch.zeros_like(query))
+    count = {"decode": 3, "verify": 12, "mixed": 2}[kind]
+    for layer, call in zip(LAYERS, given, strict=True):
+        assert len(call["query"]) == count and call["top_p"].tolist() == [0.5] * count
+        place = builder.reached.of(layer, count)
+        assert call["taken"].data_ptr() == place.data_ptr() and call["taken"].shape == (count, 3)

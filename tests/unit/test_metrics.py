@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,6 +146,22 @@ def test_histogram_counts_every_observation_once(observations: list[tuple[int, i
         assert buckets.get("+Inf" if high == float("inf") else str(high), 0) == expected
         below += expected
     assert below == sum(count for _, count in observations)
+
+
+BOUNDS = METRICS["quest_tokens_reached"].buckets
+
+
+@given(st.lists(st.integers(1, 10**6) | st.sampled_from([int(b) + d for b in BOUNDS for d in (0, 1)]), min_size=1))
+def test_observations_made_together_fall_where_each_falls(tokens: list[int]) -> None:
+    together, one_by_one = (object.__new__(WorkerMetrics) for _ in range(2))
+    found: list[dict[str, float]] = [{}, {}]
+    for worker, files in zip((together, one_by_one), found, strict=True):
+        worker._recorder = object.__new__(metrics.Recorder)
+        worker._recorder._files = {"histogram": _DictFile(files)}  # type: ignore[dict-item]
+    together.reached(np.array(tokens).reshape(1, -1))
+    for value in tokens:
+        one_by_one._recorder.observe("quest_tokens_reached", value)
+    assert found[0] == pytest.approx(found[1])
 
 
 class _DictFile:

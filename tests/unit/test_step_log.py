@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_vllm import accounting, metrics, tally
+from quest_vllm import accounting, metrics, step_log, tally
 from quest_vllm.accounting import LayerGroup, adaptive_rows, record_step
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows
@@ -122,7 +122,8 @@ def test_a_step_that_cannot_be_counted_is_said_and_stops_nothing(
     assert sparse_rows(run_dir) == 1
 
 
-def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path) -> None:
+def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_log, "LAG", 60.0)
     log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5), (1, 900, False, 512, 0.5)])
     adaptive = adaptive_rows(GROUP, one[0], one[1].seq_lens, np.array([3, 0], np.int32))
     assert adaptive is not None
@@ -132,13 +133,16 @@ def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path) -> None:
         assert arrived.wait(60)
         counts[:, [1, 3]] = torch.tensor([[10, 20], [4, 4]], dtype=torch.int32)
 
+    log.add(*one)
     log.add_reached(adaptive, np.array([1, 3]), counts, wait)
     assert read_tally(run_dir, 3) is None
     arrived.set()
-    end = time.monotonic() + 100 * LAG
+    end = time.monotonic() + 30
     while read_tally(run_dir, 3) is None and time.monotonic() < end:
-        time.sleep(LAG / 10)
+        time.sleep(0.01)
+    assert sparse_rows(run_dir) == 0  # steps still come many at once
     log.count()  # waits for the thread's own
+    assert sparse_rows(run_dir) == 2
     found = read_tally(run_dir, 3)
     assert found is not None and (found.steps, found.pages) == (pytest.approx(1), pytest.approx(15))
     assert found.tokens == pytest.approx(15 * 16 - (51 * 16 - 801))

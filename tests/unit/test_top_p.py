@@ -137,6 +137,24 @@ def test_tap_carries_it_to_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch
         tap.validate_params(SimpleNamespace(extra_args={TOP_P_XARG: 1.5}))
 
 
+def test_tap_has_counts_fetched_behind_the_forward_pass_of_rows_that_adapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from quest_vllm import budget_tap
+
+    collected: list[None] = []
+    monkeypatch.setattr(budget_tap, "collect_reached", lambda: collected.append(None))
+    config = SimpleNamespace(additional_config={}, model_config=SimpleNamespace(max_model_len=8192))
+    tap = budget_tap.QuestBudgetTap(config, object())
+    for on_device in (True, False):
+        monkeypatch.setattr(budget_tap, "counts_on_device", lambda on_device=on_device: on_device)
+        # V2 calls apply in steps with a request that said so
+        assert tap.add_request(0, SimpleNamespace(extra_args={TOP_P_XARG: 0.5})) is on_device
+        assert tap.add_request(0, SimpleNamespace(extra_args={TOP_P_XARG: 1})) is False
+        assert tap.add_request(0, SimpleNamespace(extra_args=None)) is False
+    logits = object()
+    assert tap.apply(logits, object()) is logits and len(collected) == 1
+
+
 def test_table_of_shares_reads_one_where_it_is_empty() -> None:
     table = BudgetTable(capacity=1, empty=1.0, dtype=np.float32)
     table.set(5, 0.25)
