@@ -85,7 +85,8 @@ class StepLog:
             self._some.wait()
             self._some.clear()
             end = time.monotonic() + LAG
-            while self._urgent.wait(max(0.0, end - time.monotonic())):
+            # a host that is ahead of its device never leaves the queue empty: steps must not wait for that
+            while (left := end - time.monotonic()) > 0 and self._urgent.wait(left):
                 self._urgent.clear()
                 self._try(self._count_reached)
             self._try(self.count)

@@ -146,3 +146,23 @@ def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path, monkeypatch: 
     found = read_tally(run_dir, 3)
     assert found is not None and (found.steps, found.pages) == (pytest.approx(1), pytest.approx(15))
     assert found.tokens == pytest.approx(15 * 16 - (51 * 16 - 801))
+
+
+def test_steps_are_counted_while_what_rows_took_keeps_coming(run_dir: Path) -> None:
+    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5), (1, 900, False, 512, 0.5)])
+    adaptive = adaptive_rows(GROUP, one[0], one[1].seq_lens, np.array([0, 0], np.int32))
+    assert adaptive is not None
+    places, counts, ended = np.array([0, 1]), torch.full((30, 2, 2), 4, dtype=torch.int32), threading.Event()
+
+    def wait() -> None:  # the next step's counts are noted before this one's have come
+        time.sleep(0.001)
+        if not ended.is_set():
+            log.add_reached(adaptive, places, counts, wait)
+
+    log.add(*one)
+    log.add_reached(adaptive, places, counts, wait)
+    end = time.monotonic() + 100 * LAG
+    while sparse_rows(run_dir) < 2 and time.monotonic() < end:
+        time.sleep(LAG / 4)
+    ended.set()
+    assert sparse_rows(run_dir) == 2
