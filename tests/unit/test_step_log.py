@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest_vllm import accounting, metrics, step_log, tally
+from quest_vllm import accounting, step_log
 from quest_vllm.accounting import LayerGroup, adaptive_rows, record_step
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows
-from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR, FilesCollector
+from quest_vllm.metrics_files import FilesCollector
 from quest_vllm.step_log import LAG, Step, StepLog, joined
 from quest_vllm.tally import read_tally
 from quest_vllm.token_rows import step_rows
@@ -70,18 +70,6 @@ def test_joined_steps_count_as_the_sum_of_the_steps(batches: list[list[tuple[int
                 record_step(GROUP, *one)
         sums.append({key: value for key, value in recorded.found.items() if value})
     assert sums[0] == sums[1]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A metrics directory of the test's own."""
-    monkeypatch.delenv(ENV_PROMETHEUS_DIR, raising=False)
-    monkeypatch.setenv(ENV_RUN_DIR, str(tmp_path / "run"))
-    for cached in (metrics._worker_metrics, tally._tally_writer):
-        cached.cache_clear()
-    yield tmp_path / "run"
-    for cached in (metrics._worker_metrics, tally._tally_writer):
-        cached.cache_clear()
 
 
 def sparse_rows(directory: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from quest_vllm import metrics, tally
 from quest_vllm.accounting import LayerGroup, adaptive_rows, record_reached, record_step
 from quest_vllm.budget import (
     TOP_P_XARG,
@@ -28,7 +26,7 @@ from quest_vllm.budget import (
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
 from quest_vllm.metadata import classify_rows, measure_traffic
-from quest_vllm.metrics_files import ENV_PROMETHEUS_DIR, ENV_RUN_DIR, FilesCollector
+from quest_vllm.metrics_files import FilesCollector
 from quest_vllm.server.asgi import Refusal
 from quest_vllm.server.fields import read_request
 from quest_vllm.server.usage import count_usage
@@ -37,18 +35,6 @@ from quest_vllm.token_rows import step_rows
 
 LIMITS = BudgetLimits(QuestConfig(), 8192)
 BAD = [0, -0.1, 1.0001, 2, float("nan"), float("inf"), True, False, None, "0.9", [0.9], {}]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A metrics directory of the test's own."""
-    monkeypatch.delenv(ENV_PROMETHEUS_DIR, raising=False)
-    monkeypatch.setenv(ENV_RUN_DIR, str(tmp_path / "run"))
-    for cached in (metrics._worker_metrics, tally._tally_writer):
-        cached.cache_clear()
-    yield tmp_path / "run"
-    for cached in (metrics._worker_metrics, tally._tally_writer):
-        cached.cache_clear()
 
 
 def read(request: dict[str, Any], limits: BudgetLimits = LIMITS) -> tuple[dict[str, Any], Any]:

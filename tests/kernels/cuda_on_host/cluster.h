@@ -111,18 +111,8 @@ class Cluster {
     if (_setjmp(scheduler_) == 0) {
       if (fiber.started) _longjmp(fiber.at, 1);
       fiber.started = true;
-      start(stacks + thread * kStackBytes);
+      start_on(stacks + thread * kStackBytes, kStackBytes, enter);
     }
-  }
-
-  static void start(char* stack) {
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, enter, 0);
-    setcontext(&context);
   }
 
   static void enter() {

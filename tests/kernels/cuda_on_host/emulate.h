@@ -34,6 +34,17 @@ inline Index threadIdx, blockIdx;
 inline uint64_t warp_slots[32];
 inline uint64_t* exchange_slots = warp_slots;  // of the warp that runs
 
+// Goes on in `enter`, on a stack of its own.
+inline void start_on(char* stack, size_t bytes, void (*enter)()) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
 // The lanes of one warp, each on a stack of its own.
 class Warp {
  public:
@@ -50,7 +61,7 @@ class Warp {
         lane_ = backwards ? kLanes - 1 - turn : turn;
         running_ = true;
         if (_setjmp(scheduler_) == 0) {
-          if (first) start(stacks.data() + lane_ * kStackBytes);
+          if (first) start_on(stacks.data() + lane_ * kStackBytes, kStackBytes, enter);
           _longjmp(lanes_[lane_], 1);
         }
         left += running_;
@@ -74,16 +85,6 @@ class Warp {
   static inline bool running_;
   static inline unsigned lane_;
   static inline void (*program_)(unsigned);
-
-  static void start(char* stack) {
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, enter, 0);
-    setcontext(&context);
-  }
 
   static void enter() {
     program_(lane_);
