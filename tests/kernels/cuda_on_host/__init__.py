@@ -25,8 +25,9 @@ def build(source: str, head_dim: int, folder: Path) -> ctypes.CDLL:
         headers = Path("/usr/local/cuda/include")
     target = folder / Path(source).with_suffix(".so")
     folders = [f"-I{path}" for path in (headers, build_tools.source_dir("cuda"), HERE)]
-    # threads change stacks by longjmp, which a fortified one takes for an error
-    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-DQUEST_HEAD_DIM={head_dim}"]
+    # threads change stacks by longjmp, which a fortified one takes for an error; libraries share no variables
+    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-shared", "-fPIC"]
+    flags.append(f"-DQUEST_HEAD_DIM={head_dim}")
     command = ["g++", *flags, *folders, str(HERE / source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
