@@ -243,9 +243,18 @@ def summary_of_layers() -> list[str]:
 
 
 def summary_of_cpu() -> list[str]:
-    """What :func:`cpu_lines` has, in fewer columns."""
-    lines = [line.split(" | ") for line in cpu_lines()]
-    cells = {(f"{what[2:]}: {measured}", "ratio"): f"{ratio}, {raw[:-2]}" for what, measured, _, ratio, raw in lines}
+    """Attention of one layer over its contexts in one line, and a served model, on a CPU."""
+    cells = {}
+    if loaded := newest("cpu/*-ops.json"):
+        document, path = loaded
+        found = [c for c in document["decode"] if c["context"] >= 4096]
+        row = f"one layer, {', '.join(size(c['context']) for c in found)} x4, budget 1K"
+        cells[row, "ratio"] = ", ".join(f"{c['speedup']:.1f}x" for c in found) + f" ([json]({path}))"
+    if loaded := newest("cpu/*-served.json"):
+        document, path = loaded
+        settings = document["settings"]
+        row = f"SmolLM2-135M served, {settings['context']} x{settings['requests']}, budget {settings['budget']}"
+        cells[f"{row}: time per output token", "ratio"] = f"{document['speedup']:.2f}x ([json]({path}))"
     return grid("on a CPU, `min_max`, against vLLM-CPU's dense attention", ["ratio"], cells)
 
 
