@@ -214,7 +214,9 @@ def test_every_panel_returns_data(loaded: Prometheus) -> None:
         values = [float(sample["value"][1]) for sample in loaded.query(query)]
         if not values or all(value != value for value in values):
             empty.append(f"{title}: {query}")
-        assert all(value >= 0 for value in values if value == value), title
+        # summaries are read as well: where a budget just misses its context, that is more than dense attention reads
+        least = -1 / 16 if title == "KV bytes saved" else 0
+        assert all(value >= least for value in values if value == value), title
     assert not empty, "\n".join(empty)
 
 

@@ -114,7 +114,7 @@ class Environment:
         self.bin = folder / "bin"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
 
-    def run(self, *command: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a program of the environment."""
         return self._run(str(self.bin / command[0]), *command[1:], timeout=timeout, **environment)
 
@@ -125,13 +125,13 @@ class Environment:
         output = {"capture_output": True, "text": True}
         return subprocess.run(command, cwd=self.elsewhere, env=kept, timeout=timeout, check=False, **output)
 
-    def python(self, code: str, timeout: float = 120, **environment: str) -> str:
+    def python(self, code: str, timeout: float = 300, **environment: str) -> str:
         """Standard output of ``code``."""
         done = self.run("python", "-c", code, timeout=timeout, **environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    def install(self, *what: str, timeout: float = 120) -> None:
+    def install(self, *what: str, timeout: float = 300) -> None:
         """Install with this interpreter's pip."""
         command = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--quiet", *what]
         done = self._run(*command, timeout=timeout)
