@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from quest_vllm import compat
 from quest_vllm.plugin import CPU_BACKEND, CPU_WORKER
 
@@ -34,6 +36,18 @@ def refuse_eager_pipeline(vllm_config: Any) -> None:
         )
 
 
+def advise_dtype(dtype: torch.dtype) -> None:
+    """Say that ``dtype`` is slow here: oneDNN multiplies 16-bit floats on x86 with AVX-512 alone.
+
+    SmolLM2 on AVX2 prefills three (4000 tokens) to six times (512) faster in float32.
+    """
+    if dtype.itemsize < 4 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        announce_once(
+            f"this processor has no AVX-512 and multiplies {str(dtype).removeprefix('torch.')} slowly: prefill is "
+            "several times faster with --dtype float32, in twice the memory"
+        )
+
+
 class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignore[misc]
     """The stock CPU platform plus one choice of backend, and the worker that goes with it."""
 
@@ -48,6 +62,7 @@ class QuestCpuPlatform(compat.cpu_platform_module().CpuPlatform):  # type: ignor
         backend = vllm_config.attention_config.backend
         if backend is None or backend.name != "CUSTOM":
             return
+        advise_dtype(vllm_config.model_config.dtype)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == STOCK_WORKER:
             parallel.worker_cls = CPU_WORKER

@@ -16,6 +16,7 @@ import pytest
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows, measure_traffic
+from tests.conftest import DTYPE
 from tests.deploy.browser import CHROMIUM, Browser, run_browser
 from tests.deploy.conftest import KEY, ROOT_PATH
 from tests.e2e.conftest import MODEL_NAME, Server
@@ -24,6 +25,7 @@ from tests.e2e.test_server import prompt_ids
 pytestmark = pytest.mark.server
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
 LAYERS, DENSE_LAYERS, HEADS = 30, 2, 3
+ELEMENT = 4 if DTYPE == "float32" else 2  # bytes
 
 
 def get(server: Server, path: str, key: str | None = KEY, body: Any = None) -> Any:
@@ -49,7 +51,7 @@ def test_info_is_the_models(deployed: Server) -> None:
     info = get(deployed, "/v1/quest/info")
     assert info == {
         "default_budget": 2048, "min_budget": 48, "max_model_len": 8192, "page_size": 16, "layers": LAYERS,
-        "dense_layers": [0, 1], "kv_heads": HEADS, "select_heads": "KV", "vector_bytes": 2 * 64 * 2, "map": True,
+        "dense_layers": [0, 1], "kv_heads": HEADS, "select_heads": "KV", "vector_bytes": 2 * 64 * ELEMENT, "map": True,
     }  # fmt: skip
 
 

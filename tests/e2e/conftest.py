@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.conftest import DTYPE
+
 MODEL_NAME = "smol"
 START_UP_SECONDS = 240
 GRACE_SECONDS = 60
@@ -108,7 +110,7 @@ def _wait_until_healthy(server: Server) -> None:
 def serve_flags(model: Path) -> list[str]:
     """Flags that every test server shares."""
     flags = f"--served-model-name {MODEL_NAME} --host 127.0.0.1 --enforce-eager --max-model-len 8192 --max-num-seqs 32"
-    return [str(model), *flags.split()]
+    return [str(model), *flags.split(), "--dtype", DTYPE]
 
 
 def vllm_command(*arguments: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quest_vllm.audit import AuditReport, audit_summaries
+from tests.conftest import DTYPE
 
 pytestmark = pytest.mark.engine
 
@@ -26,6 +27,7 @@ def llm(model_path: Path, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[An
     engine = LLM(
         model=str(model_path),
         attention_backend="CUSTOM",
+        dtype=DTYPE,
         enforce_eager=True,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=512,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quest_vllm.eval.prompts import Codec, load_codec
+from tests.conftest import DTYPE
 
 MAX_MODEL_LEN = 1024
 
@@ -28,6 +29,7 @@ def llm(model_path: Path) -> Iterator[Any]:
         engine = LLM(
             model=str(model_path),
             attention_backend="CUSTOM",
+            dtype=DTYPE,
             logits_processors=["quest_vllm.eval.forcing:ForcedTokens"],
             enforce_eager=True,
             max_model_len=MAX_MODEL_LEN,

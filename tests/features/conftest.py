@@ -15,6 +15,7 @@ import torch
 from quest_vllm.audit import AuditReport, audit_summaries
 from quest_vllm.metrics_files import FilesCollector, metrics_dir
 from quest_vllm.step_log import LAG
+from tests.conftest import DTYPE
 
 
 @contextlib.contextmanager
@@ -26,6 +27,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
 
     defaults: dict[str, Any] = {
         "attention_backend": "CUSTOM",
+        "dtype": DTYPE,
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_batched_tokens": 512,

@@ -35,7 +35,7 @@ else:
             env=os.environ | {"TRITON_INTERPRET": "1"},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=580,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -8,6 +8,7 @@ of the largest value for another order of summation.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,13 @@ SHAPES: list[Shape] = [  # num_kv_heads, group, head_dim, block_size, page_size
     (1, 8, 128, 64, 64),
     (1, 2, 256, 16, 16),
 ]
+
+
+def with_dtypes(shapes: list[Shape]) -> list[tuple[Shape, torch.dtype]]:
+    """Every shape in every dtype on a GPU; in the interpreter, which is slow, every shape in one of them."""
+    if torch.cuda.is_available():
+        return list(itertools.product(shapes, DTYPES))
+    return list(zip(shapes, itertools.cycle(DTYPES), strict=False))
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +162,7 @@ def same_selection(scores: torch.Tensor, seq_lens: list[int], budgets: list[int]
 # update_page_summaries
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), with_dtypes(SHAPES))
 def test_summaries_equal_the_reference(device: torch.device, shape: Shape, dtype: torch.dtype) -> None:
     case = build(device, [0, 1, 45], shape, dtype)
     expected = case.views.summaries.clone()
@@ -209,8 +216,7 @@ def test_nan_and_inf_keys_reach_the_summary(device: torch.device) -> None:
 # score_pages
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), with_dtypes(SHAPES))
 @pytest.mark.parametrize(
     ("group_reduction", "radius"),
     [("max", 1.0), ("max", 0.25), ("mean", 0.0), ("mass", 1.0), ("mass", 0.25), ("per_query_head", 0.5)],
@@ -387,8 +393,7 @@ def check_attention(case: PagedCase, selected: torch.Tensor, monkeypatch: pytest
     assert_close(actual, exact, tolerance)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), with_dtypes(SHAPES))
 @pytest.mark.parametrize("per_query_head", [False, True])
 def test_attention_matches_the_reference(
     device: torch.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -77,6 +78,32 @@ def test_a_quantised_kv_cache_is_refused_with_what_would_do(device: str, dtype: 
     reason, *_ = support.refusals(device, {"kv_cache_dtype": dtype})  # FlashAttention adds one of its own
     assert re.fullmatch(rf"kv_cache_dtype not supported: expected one of auto, bfloat16.*, got {dtype}", reason)
     assert support.refusals(device, {"kv_cache_dtype": "bfloat16"}) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "advised"),
+    [
+        ("AVX2", torch.bfloat16, ["bfloat16 slowly: prefill is several times faster with --dtype float32"]),
+        ("AVX2", torch.float16, ["float16 slowly: prefill is several times faster with --dtype float32"]),
+        ("AVX2", torch.float32, []),
+        ("AVX512", torch.bfloat16, []),
+        ("DEFAULT", torch.bfloat16, []),  # Arm
+    ],
+)
+def test_slow_16_bit_floats_are_named_once(
+    capability: str, dtype: torch.dtype, advised: list[str], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    from quest_vllm import platform_cpu
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform_cpu, "_announced", set())
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO, "vllm.quest_vllm"):
+        platform_cpu.advise_dtype(dtype)
+        platform_cpu.advise_dtype(dtype)
+    assert len(caplog.messages) == len(advised)
+    for message, expected in zip(caplog.messages, advised, strict=True):
+        assert expected in message
 
 
 def test_mla_layers_stay_on_vllms_own_backend() -> None:
