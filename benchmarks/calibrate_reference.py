@@ -2,6 +2,8 @@
 
 usage: calibrate_reference.py MODEL [--device cuda] [--budget B] [--context N] [--places N] [--output FILE.json]
 
+Also: what the same bytes are worth when layers that lose more get more of them (`spread`); serving cannot do that yet.
+
 The layers are chosen on prose (Opticks) and judged on what is held back: the Python manual. KL is to dense attention,
 mean over the decoded tokens of a text; pages are chosen as the server's defaults say, with key codes where they can.
 """
@@ -13,7 +15,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from policy_texts import Text, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
-from quest_vllm.eval.calibrate import LayerKl, Task, calibrate
+from quest_vllm.eval.calibrate import Task, calibrate
+from quest_vllm.eval.stats import bootstrap_mean
 
 
 class ReferenceProbe:
@@ -43,15 +46,47 @@ class ReferenceProbe:
         run: Run = replace(self.candidate.run(budget), dense_layers=tuple(dense_layers))
         return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
 
+    def kl_spread(self, layer_pages: Sequence[int]) -> list[float]:
+        """KL to dense of each text where every layer has a number of pages of its own."""
+        run: Run = replace(self.candidate.run(0), dense_layers=(), layer_pages=tuple(layer_pages))
+        return [value for task in self._tasks for value in task.measure(run, (0,))[0]["kl"]]
+
     def kl_alone(self, layer: int, budget: int) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
         return self.kl([other for other in self.layers if other != layer], budget)
 
 
+def spread(losses: Sequence[float], pages: int, least: int) -> list[int]:
+    """Share ``len(losses) * pages`` pages among layers that lose ``losses`` at ``pages`` each; ``least`` for each.
+
+    A layer's loss falls about as its budget to the power of -1.5 (docs/characterisation.md), so their sum is least
+    where budgets go with losses to the power of 1 / (1 + 1.5). Raises ``ValueError`` where ``pages`` is below that.
+    """
+    if pages < least:
+        raise ValueError(f"pages: expected at least {least}, got {pages}")
+    weights = [max(loss, 0.0) ** 0.4 for loss in losses]
+    free, total = len(losses) * (pages - least), sum(weights)
+    exact = [free * weight / total for weight in weights] if total else [free / len(losses)] * len(losses)
+    shares = [int(share) for share in exact]
+    by_rest = sorted(range(len(losses)), key=lambda layer: shares[layer] - exact[layer])
+    for layer in by_rest[: free - sum(shares)]:
+        shares[layer] += 1
+    return [least + share for share in shares]
+
+
 @contextlib.contextmanager
-def probe_of(windows: Sequence[Text], *, model: ReferenceModel, batch: int) -> Iterator[LayerKl]:
+def probe_of(windows: Sequence[Text], *, model: ReferenceModel, batch: int) -> Iterator[ReferenceProbe]:
     """A :data:`quest_vllm.eval.calibrate.OpenProbe` once model and batch are given."""
     yield ReferenceProbe(model, windows, batch)
+
+
+def judge_spread(probe: ReferenceProbe, layer_pages: list[int], budget: int) -> dict[str, Any]:
+    """Pages spread over the layers against as many in each, both without dense layers, on the probe's texts."""
+    uniform, ours = probe.kl([], budget), probe.kl_spread(layer_pages)
+    kl = {"uniform": bootstrap_mean([uniform]), "spread": bootstrap_mean([ours])}
+    less = bootstrap_mean([[a - b for a, b in zip(ours, uniform, strict=True)]])
+    kl["spread_less_uniform"] = less
+    return {"layer_pages": layer_pages, "texts": len(ours)} | {name: asdict(value) for name, value in kl.items()}
 
 
 def parse() -> argparse.Namespace:
@@ -87,6 +122,11 @@ def main() -> None:
     found: dict[str, Any] = calibrate(
         functools.partial(probe_of, model=model, batch=arguments.batch), task, lambda line: print(line, flush=True)
     )
+    losses = list(found["evidence"]["kl_of_each_layer_sparse_alone"].values())
+    page_size = task.config.page_size
+    pages = spread(losses, arguments.budget // page_size, task.config.min_token_budget // page_size + 1)
+    with probe_of(chosen[len(chosen) // 2 :], model=model, batch=arguments.batch) as probe:
+        judged = judge_spread(probe, pages, arguments.budget)
     document = {
         "benchmark": "calibration",
         "model": arguments.model.name,
@@ -101,8 +141,10 @@ def main() -> None:
         "texts": {text.name: text.sha256 for text in chosen},
         "policy": {"page_summary": task.config.page_summary, "group_reduction": task.config.group_reduction},
         **found,
+        "spread_over_layers": judged,
     }
     save(document, arguments.output)
+    print({"spread_over_layers": judged})
     print({name: one["kl"] | {"budget": one["budget"]} for name, one in found["evidence"]["held_back"].items()})
 
 

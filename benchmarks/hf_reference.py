@@ -66,7 +66,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """How one pass attends. ``policy`` None, or a layer among ``dense_layers``: to everything."""
+    """How one pass attends. ``policy`` None, or a layer among ``dense_layers``: to everything.
+
+    ``layer_pages``, by layer, stand in for the budget of all rows.
+    """
 
     policy: PagePolicy | None
     page_size: int = 16
@@ -74,6 +77,7 @@ class Run:
     sink_pages: int = 1
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = (0, 1)
+    layer_pages: tuple[int, ...] | None = None
 
     @property
     def page_summary(self) -> str:
@@ -324,14 +328,18 @@ def decode_step(now: Pass, layer: int, query: torch.Tensor, scale: float) -> Dec
     prefix, run = now.prefix, now.run
     table = now.block_table + layer * prefix.texts * prefix.blocks
     table[:, -1] = now.block_table[:, -1]
+    budgets, largest = now.page_budgets, now.max_page_budget
+    if run.layer_pages is not None:
+        largest = run.layer_pages[layer]
+        budgets = torch.full_like(budgets, largest)
     return DecodeStep(
         query=query,
         key_cache=prefix.keys,
         summaries=prefix.summaries[run.page_size, run.page_summary],
         block_table=table,
         seq_lens=now.seq_lens,
-        page_budgets=now.page_budgets,
-        max_page_budget=now.max_page_budget,
+        page_budgets=budgets,
+        max_page_budget=largest,
         page_size=run.page_size,
         scale=scale,
         sink_pages=run.sink_pages,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
@@ -168,6 +171,21 @@ def test_the_reference_tells_calibration_what_each_layer_loses(
     assert alone == probe.kl([layer for layer in range(30) if layer != 20], 64)
     assert all(0 < one < whole for one, whole in zip(alone, every, strict=True))
     assert probe.kl([], 320) == pytest.approx([0.0] * 3, abs=1e-4)  # covers the context
+    # as many pages in every layer are the plain budget; all pages in all layers but one are that one alone
+    assert probe.kl_spread([4] * 30) == every
+    assert probe.kl_spread([4 if layer == 20 else 20 for layer in range(30)]) == pytest.approx(alone, abs=1e-4)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(0, 300), st.integers(1, 8))
+def test_a_spread_spends_exactly_the_total_and_more_where_more_is_lost(
+    losses: list[float], extra: int, least: int
+) -> None:
+    pages = calibrate_reference.spread(losses, least + extra, least)
+    assert sum(pages) == len(losses) * (least + extra) and min(pages) >= least
+    ordered = [count for _, count in sorted(zip(losses, pages, strict=True))]
+    assert all(b >= a - 1 for a, b in itertools.pairwise(ordered))  # but for the rest, a page at most
+    with pytest.raises(ValueError, match=f"pages: expected at least {least}, got {least - 1}"):
+        calibrate_reference.spread(losses, least - 1, least)
 
 
 def test_texts_without_as_many_rows_of_each_are_refused(
