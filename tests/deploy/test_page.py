@@ -116,7 +116,7 @@ def model_bytes(context: int, budget: int) -> int:
     lengths = np.array([context], dtype=np.int32)
     rows = classify_rows(one, lengths, np.array([False]), np.array([budget], dtype=np.int32), config)
     vectors = measure_traffic(rows, lengths, config.page_size).vectors_read
-    return (vectors * (LAYERS - DENSE_LAYERS) + context * DENSE_LAYERS) * HEADS * 2 * 64 * 2
+    return (vectors * (LAYERS - DENSE_LAYERS) + context * DENSE_LAYERS) * HEADS * 2 * 64 * ELEMENT
 
 
 @needs_chromium
