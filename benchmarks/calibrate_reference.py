@@ -26,7 +26,7 @@ from policy_texts import Text, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
-from quest_vllm.eval.calibrate import Task, calibrate
+from quest_vllm.eval.calibrate import ORIGINAL, Task, calibrate
 from quest_vllm.eval.stats import bootstrap_mean
 
 
@@ -80,13 +80,18 @@ def probe_of(windows: Sequence[Text], *, model: ReferenceModel, batch: int) -> I
     yield ReferenceProbe(model, windows, batch)
 
 
-def judge_spread(probe: ReferenceProbe, layer_pages: list[int], budget: int) -> dict[str, Any]:
-    """Pages spread over the layers against as many in each, both without dense layers, on the probe's texts."""
-    uniform, ours = probe.kl([], budget), probe.kl_spread(layer_pages)
-    kl = {"uniform": bootstrap_mean([uniform]), "spread": bootstrap_mean([ours])}
-    less = bootstrap_mean([[a - b for a, b in zip(ours, uniform, strict=True)]])
-    kl["spread_less_uniform"] = less
-    return {"layer_pages": layer_pages, "texts": len(ours)} | {name: asdict(value) for name, value in kl.items()}
+def judge(probe: ReferenceProbe, layer_pages: list[int], budget: int) -> dict[str, Any]:
+    """Pages spread over the layers against as many in each, both without dense layers, on the probe's texts.
+
+    Beside them: the first two layers dense and the whole budget in the others, which reads more.
+    """
+    uniform = probe.kl([], budget)
+    others = {"spread": probe.kl_spread(layer_pages), "first_two_dense": probe.kl(ORIGINAL, budget)}
+    judged: dict[str, Any] = {"layer_pages": layer_pages, "uniform": asdict(bootstrap_mean([uniform]))}
+    for name, kl in others.items():
+        less = [a - b for a, b in zip(kl, uniform, strict=True)]
+        judged |= {name: asdict(bootstrap_mean([kl])), f"{name}_less_uniform": asdict(bootstrap_mean([less]))}
+    return judged
 
 
 def parse() -> argparse.Namespace:
@@ -126,7 +131,7 @@ def main() -> None:
     page_size = task.config.page_size
     pages = spread(losses, arguments.budget // page_size, task.config.min_token_budget // page_size + 1)
     with probe_of(chosen[len(chosen) // 2 :], model=model, batch=arguments.batch) as probe:
-        judged = judge_spread(probe, pages, arguments.budget)
+        judged = judge(probe, pages, arguments.budget)
     document = {
         "benchmark": "calibration",
         "model": arguments.model.name,
@@ -141,10 +146,10 @@ def main() -> None:
         "texts": {text.name: text.sha256 for text in chosen},
         "policy": {"page_summary": task.config.page_summary, "group_reduction": task.config.group_reduction},
         **found,
-        "spread_over_layers": judged,
+        "no_dense_layer_at_this_budget": judged,
     }
     save(document, arguments.output)
-    print({"spread_over_layers": judged})
+    print({"no_dense_layer_at_this_budget": judged})
     print({name: one["kl"] | {"budget": one["budget"]} for name, one in found["evidence"]["held_back"].items()})
 
 
