@@ -26,7 +26,7 @@ from policy_texts import Text, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
-from quest_vllm.eval.calibrate import ORIGINAL, Task, calibrate
+from quest_vllm.eval.calibrate import ORIGINAL, Candidate, Task, calibrate, difference
 from quest_vllm.eval.stats import bootstrap_mean
 
 
@@ -43,17 +43,18 @@ class ReferenceProbe:
 
     def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
-        run: Run = replace(self.candidate.run(budget), dense_layers=tuple(dense_layers))
-        return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
+        return self._kl(replace(self.candidate.run(budget), dense_layers=tuple(dense_layers)), budget)
 
     def kl_spread(self, layer_pages: Sequence[int]) -> list[float]:
         """KL to dense of each text where every layer has a number of pages of its own."""
-        run: Run = replace(self.candidate.run(0), dense_layers=(), layer_pages=tuple(layer_pages))
-        return [value for task in self._tasks for value in task.measure(run, (0,))[0]["kl"]]
+        return self._kl(replace(self.candidate.run(0), dense_layers=(), layer_pages=tuple(layer_pages)), 0)
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
         return self.kl([other for other in self.layers if other != layer], budget)
+
+    def _kl(self, run: Run, budget: int) -> list[float]:
+        return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
 
 
 def spread(losses: Sequence[float], pages: int, least: int) -> list[int]:
@@ -85,12 +86,15 @@ def judge(probe: ReferenceProbe, layer_pages: list[int], budget: int) -> dict[st
 
     Beside them: the first two layers dense and the whole budget in the others, which reads more.
     """
-    uniform = probe.kl([], budget)
-    others = {"spread": probe.kl_spread(layer_pages), "first_two_dense": probe.kl(ORIGINAL, budget)}
-    judged: dict[str, Any] = {"layer_pages": layer_pages, "uniform": asdict(bootstrap_mean([uniform]))}
-    for name, kl in others.items():
-        less = [a - b for a, b in zip(kl, uniform, strict=True)]
-        judged |= {name: asdict(bootstrap_mean([kl])), f"{name}_less_uniform": asdict(bootstrap_mean([less]))}
+    uniform = Candidate((), budget, tuple(probe.kl([], budget)))
+    others = {
+        "spread": Candidate((), budget, tuple(probe.kl_spread(layer_pages))),
+        "first_two_dense": Candidate(ORIGINAL, budget, tuple(probe.kl(ORIGINAL, budget))),
+    }
+    judged: dict[str, Any] = {"layer_pages": layer_pages, "uniform": asdict(bootstrap_mean([uniform.kl]))}
+    for name, other in others.items():
+        judged[name] = asdict(bootstrap_mean([other.kl]))
+        judged[f"{name}_less_uniform"] = asdict(difference(other, uniform))
     return judged
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     losses = list(found["evidence"]["kl_of_each_layer_sparse_alone"].values())
     page_size = task.config.page_size
     pages = spread(losses, arguments.budget // page_size, task.config.min_token_budget // page_size + 1)
-    with probe_of(chosen[len(chosen) // 2 :], model=model, batch=arguments.batch) as probe:
+    with probe_of(task.held_back, model=model, batch=arguments.batch) as probe:
         judged = judge(probe, pages, arguments.budget)
     document = {
         "benchmark": "calibration",

@@ -96,11 +96,20 @@ class Task:
     max_dense: int
     windows: Sequence[Any]
 
+    @property
+    def to_choose_on(self) -> Sequence[Any]:
+        """The first half of the windows."""
+        return self.windows[: len(self.windows) // 2]
+
+    @property
+    def held_back(self) -> Sequence[Any]:
+        """The other half."""
+        return self.windows[len(self.windows) // 2 :]
+
 
 def calibrate(open_probe: OpenProbe, task: Task, say: Callable[[str], object]) -> dict[str, Any]:
     """Measure and choose; returns ``settings`` and ``evidence``, plain data for YAML."""
-    half = len(task.windows) // 2
-    with open_probe(task.windows[:half]) as probe:
+    with open_probe(task.to_choose_on) as probe:
         nearly_all = task.context - task.config.page_size
         floor = bootstrap_mean([probe.kl([], nearly_all)]).mean
         say(f"all layers at budget {nearly_all}, nearly all pages: KL {floor:.5f} (rounding of other kernels, mostly)")
@@ -116,7 +125,7 @@ def calibrate(open_probe: OpenProbe, task: Task, say: Callable[[str], object]) -
         for candidate in affordable:
             say(f"dense layers {list(candidate.dense_layers)}: budget {candidate.budget}, KL {_mean(candidate):.5f}")
         chosen = choose(affordable)
-    with open_probe(task.windows[half:]) as probe:
+    with open_probe(task.held_back) as probe:
         held_back = _held_back(probe, task, chosen)
     return {
         "settings": {"dense_layers": list(chosen.dense_layers)},
