@@ -1,11 +1,13 @@
 """Time per output token of a whole model on a GPU: this plugin against FLASH_ATTN, dummy weights, decode CUDA graphs.
 
-usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--cases N] [--output FILE.json]
+usage: bench_gpu_engine.py [--layers 32] [--max-model-len 133120] [--cases N] [--also JSON] [--output FILE.json]
 
 Each backend runs in a process of its own, on the same GPU, one after the other. A case's time per output token is the
 median duration of an engine step in which every row decodes; its time to first token is that of the first request of
 the case, prefix cache off; where the prompt is short, hosts vary more than backends do, so it is the median of 60 more
 requests. The case of 256 tokens shows what a long max_model_len costs a short request.
+
+--also '{"dense_layers": [0, 1]}' measures this plugin once more with these server defaults, in the same run.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def build_engine(arguments: argparse.Namespace, folder: str, backend: str) -> An
         max_model_len=arguments.max_model_len,
         max_num_seqs=16,
         enable_prefix_caching=False,
+        additional_config={"quest": arguments.also[0]} if arguments.also else {},
         gpu_memory_utilization=0.9,
         disable_log_stats=True,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
@@ -105,31 +108,44 @@ def device() -> dict[str, Any]:
     return describe(torch.cuda.get_device_name(), load_ops(load_config(None).implementation, "cuda").name)
 
 
+def measure(
+    arguments: argparse.Namespace, wanted: list[str], records: list[dict[str, Any]], document: dict[str, Any]
+) -> None:
+    """Run the child that is ``wanted``; add its cases to ``records``, a part of ``document``, and save that."""
+    command = [sys.executable, __file__, *wanted, "--layers", str(arguments.layers)]
+    command += ["--max-model-len", str(arguments.max_model_len), "--cases", str(arguments.cases)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if line.startswith("CASE "):
+                records.append(json.loads(line[5:]))
+                add_ratios(records)
+                print(records[-1], flush=True)
+                save(document, arguments.output)
+    if process.returncode:
+        sys.exit(f"{wanted}: the engine ended with status {process.returncode}")
+
+
 def main() -> None:
     """Run both backends and write one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=133120)
     parser.add_argument("--cases", type=int, default=len(CASES), help="run the first so many")
+    parser.add_argument("--also", type=json.loads, action="append", default=[], metavar="JSON")
     parser.add_argument("--child", choices=["CUSTOM", "FLASH_ATTN"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
         return
-    head, records = {"benchmark": "gpu_engine", **device()}, []
-    for backend in ("FLASH_ATTN", "CUSTOM"):
-        command = [sys.executable, __file__, "--child", backend, "--layers", str(arguments.layers)]
-        command += ["--max-model-len", str(arguments.max_model_len), "--cases", str(arguments.cases)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                if line.startswith("CASE "):
-                    records.append(json.loads(line[5:]))
-                    add_ratios(records)
-                    print(records[-1], flush=True)
-                    save({**head, "cases": records}, arguments.output)
-        if process.returncode:
-            sys.exit(f"{backend}: the engine ended with status {process.returncode}")
+    document: dict[str, Any] = {"benchmark": "gpu_engine", **device(), "cases": []}
+    measure(arguments, ["--child", "FLASH_ATTN"], document["cases"], document)
+    stock = list(document["cases"])
+    measure(arguments, ["--child", "CUSTOM"], document["cases"], document)
+    for settings in arguments.also:
+        records = list(stock)
+        document.setdefault("also", []).append({"settings": settings, "cases": records})
+        measure(arguments, ["--child", "CUSTOM", "--also", json.dumps(settings)], records, document)
 
 
 if __name__ == "__main__":

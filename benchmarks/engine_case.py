@@ -28,6 +28,7 @@ LLAMA_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+POLICY = ("page_summary", "group_reduction", "bound_radius", "dense_layers")
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 
 
@@ -60,7 +61,7 @@ def describe(gpu: str, implementation: str) -> dict[str, Any]:
     config = config.resolved(why_boxes(config, Heads(LLAMA_8B["head_dim"], group, "torch.bfloat16"), "cuda"))
     return {
         "implementation": implementation,
-        "policy": {name: getattr(config, name) for name in ("page_summary", "group_reduction", "bound_radius")},
+        "policy": {name: getattr(config, name) for name in POLICY},
         "gpu": gpu,
         **versions(),
     }
