@@ -76,7 +76,7 @@ class Run:
     token_budget: int = 256
     sink_pages: int = 1
     recent_pages: int = 2
-    dense_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = ()
     layer_pages: tuple[int, ...] | None = None
 
     @property

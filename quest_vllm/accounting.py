@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quest_vllm.layer_budgets import LayerBudgets
 from quest_vllm.metadata import IntArray, RowClasses, measure_traffic
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.tally import get_tally_writer
@@ -18,7 +19,8 @@ from quest_vllm.token_rows import StepRows
 class LayerGroup:
     """What the byte counts of a group of sparse layers depend on, on this rank.
 
-    ``num_select_heads`` is how many heads choose pages of their own: KV heads, or query heads.
+    ``num_select_heads`` is how many heads choose pages of their own: KV heads, or query heads. ``budgets``: those of
+    each sparse layer, where they differ.
     """
 
     num_sparse_layers: int
@@ -28,6 +30,7 @@ class LayerGroup:
     element_size: int
     page_size: int
     counts_rows: bool
+    budgets: LayerBudgets | None = None
 
     @property
     def vector_bytes(self) -> int:
@@ -47,13 +50,15 @@ def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budge
             metrics.rows(path, reason, count)
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
-    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests)
+    layers = group.num_sparse_layers
+    layer_pages = group.budgets.rows(rows.page_budgets, rows.num_pages) if group.budgets else None
+    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests, layer_pages, layers)
     if group.counts_rows and traffic.tokens_available:
-        metrics.tokens(traffic.tokens_attended, traffic.tokens_available)
-    select_scale = group.num_sparse_layers * group.num_select_heads
-    byte_scale = group.num_sparse_layers * group.num_kv_heads * group.vector_bytes
+        metrics.tokens(traffic.tokens_attended / layers, traffic.tokens_available / layers)
+    byte_scale = group.num_kv_heads * group.vector_bytes
     if traffic.pages_available:
-        metrics.pages(traffic.pages_selected * select_scale, traffic.pages_available * select_scale)
+        heads = group.num_select_heads
+        metrics.pages(traffic.pages_selected * heads, traffic.pages_available * heads)
     if traffic.vectors_dense:
         metrics.kv_bytes(traffic.vectors_read * byte_scale, traffic.vectors_dense * byte_scale)
 

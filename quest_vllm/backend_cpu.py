@@ -20,7 +20,8 @@ from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
-from quest_vllm.layers import count_sparse_layers, counts_rows, is_sparse_layer, refuse_layer_features, start_up
+from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
+from quest_vllm.layers import counts_rows, is_sparse_layer, refuse_layer_features, sparse_layers, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.ops.api import Ops, load_ops
@@ -56,12 +57,16 @@ class SparseRows:
 
     tokens: torch.Tensor  # [num_sparse] int64
     seq_lens: torch.Tensor  # [num_sparse] int32
-    page_budgets: torch.Tensor  # [num_sparse] int32
+    page_budgets: torch.Tensor  # [num_sparse] int32; by layer: [num_layers, num_sparse]
     block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
-    max_page_budget: int
+    budgets: LayerBudgets | None = None
     traced: TracedRows | None = None
     top_p: torch.Tensor | None = None  # [num_sparse] float32; None: 1 in every row
     adaptive: AdaptiveRows | None = None
+
+    def page_budgets_of(self, layer: int) -> torch.Tensor:
+        """``[num_sparse]`` int32: the page budgets of the decoder layer with this index."""
+        return self.page_budgets if self.budgets is None else self.page_budgets[self.budgets.slots[layer]]
 
 
 @dataclass
@@ -84,7 +89,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
-        sparse_layers = count_sparse_layers(layers, self.config)
+        chosen = tuple(sparse_layers(vllm_config, layers, self.config).values())
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         # files made, kernels built, or either refused, at start-up and not by the first request
         get_tally_writer()
@@ -92,13 +97,14 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             get_trace_writer()
         load_ops(self.config.implementation, "cpu", self.isa)
         self.group = LayerGroup(
-            num_sparse_layers=sparse_layers,
+            num_sparse_layers=len(chosen),
             num_kv_heads=self.num_kv_heads,
             num_select_heads=(self.num_heads if self.config.group_reduction == "per_query_head" else self.num_kv_heads),
             head_dim=self.head_dim,
             element_size=kv_cache_spec.dtype.itemsize,
             page_size=self.config.page_size,
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
+            budgets=layer_budgets(self.config, chosen),
         )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCpuMetadata:
@@ -125,16 +131,17 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         chosen = np.flatnonzero(rows.sparse)
         requests = step.requests[chosen]
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
-        page_budgets = rows.page_budgets[chosen]
+        budgets = self.group.budgets
+        page_budgets = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else rows.page_budgets
         traces = get_trace_table().rows(common.num_reqs, common.req_idx)[requests] if self.config.page else None
         tallies = get_tally_table().rows(common.num_reqs, common.req_idx)[step.requests]
         adaptive = adaptive_rows(self.group, rows, step.seq_lens, tallies)
         return SparseRows(
             tokens=torch.from_numpy(step.starts[chosen]),
             seq_lens=torch.from_numpy(step.seq_lens[chosen]),
-            page_budgets=torch.from_numpy(page_budgets),
+            page_budgets=torch.from_numpy(page_budgets[..., chosen]),
             block_table=common.block_table_tensor[torch.from_numpy(requests), :blocks].contiguous(),
-            max_page_budget=int(page_budgets.max()),
+            budgets=budgets,
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
             top_p=torch.from_numpy(top_ps[chosen]) if adaptive is not None else None,
             adaptive=adaptive,
@@ -232,6 +239,8 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
 
     def _attend_sparse(self, layer: Any, query: torch.Tensor, views: PageViews, rows: SparseRows) -> torch.Tensor:
         ops, config, metrics = self._layer_ops(layer), self.config, get_worker_metrics()
+        index = compat.layer_index(layer.layer_name)
+        page_budgets = rows.page_budgets_of(index)
         start = time.perf_counter()
         scores = ops.score_pages(
             query,
@@ -248,11 +257,11 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         selected = ops.select_pages(
             scores,
             rows.seq_lens,
-            rows.page_budgets,
+            page_budgets,
             page_size=config.page_size,
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
-            max_page_budget=rows.max_page_budget,
+            max_page_budget=int(page_budgets.max()),
             top_p=rows.top_p,
             mass_scale=mass_scale_of(config.group_reduction, self.scale, config.page_summary),
         )
@@ -275,7 +284,6 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             taken = (selected.numpy()[rows.adaptive.rows] >= 0).sum(axis=2, dtype=np.int32)
             record_reached(rows.adaptive, taken[None])
         if rows.traced is not None:
-            index = compat.layer_index(layer.layer_name)
             lengths = rows.seq_lens.numpy()
             get_trace_writer().record(index, rows.traced, lengths, selected.numpy(), config.page_size)
         return attended

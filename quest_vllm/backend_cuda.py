@@ -24,14 +24,15 @@ from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.budget import get_budget_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
+from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
 from quest_vllm.layers import (
-    count_sparse_layers,
     counts_rows,
     is_sparse_layer,
     refuse_layer_features,
+    sparse_layers,
     start_up,
 )
-from quest_vllm.metadata import FloatArray, RowClasses, classify_rows
+from quest_vllm.metadata import FloatArray, IntArray, RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
 from quest_vllm.reached import ReachedCounts
@@ -83,11 +84,18 @@ class SparseRows:
 
     tokens: torch.Tensor | None  # [num_rows] int64, place of each row in the flat query
     seq_lens: torch.Tensor  # [num_rows] int32
-    page_budgets: torch.Tensor  # [num_rows] int32
+    page_budgets: torch.Tensor  # [num_rows] int32; by layer: [num_layers, num_rows]
     top_ps: torch.Tensor  # [num_rows] float32
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
     reached: ReachedCounts
     served: torch.Tensor | None = None  # [num_rows] bool
+    budgets: LayerBudgets | None = None
+
+    def page_budgets_of(self, layer_name: str) -> torch.Tensor:
+        """``[num_rows]`` int32: the page budgets of that layer."""
+        if self.budgets is None:
+            return self.page_budgets
+        return self.page_budgets[self.budgets.slots[compat.layer_index(layer_name)]]
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,17 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.supports_draft_decode_metadata_update = False
         self.config = start_up(vllm_config, kv_cache_spec, layer_names)
         layers = compat.attention_layers(vllm_config, layer_names)
-        self.num_sparse_layers = count_sparse_layers(layers, self.config)
+        sparse = sparse_layers(vllm_config, layers, self.config)
+        self.num_sparse_layers = len(sparse)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
-        self.page_budgets = RowBuffer(max_num_reqs, ALL_PAGES, torch.int32, device)
+        budgets = layer_budgets(self.config, tuple(sparse.values()))
+        num_budgets = len(sparse) if budgets else None
+        self.page_budgets = RowBuffer(max_num_reqs, ALL_PAGES, torch.int32, device, num_budgets)
         self.top_ps = RowBuffer(max_num_reqs, 1.0, torch.float32, device)
         self.is_v2 = bool(vllm_config.use_v2_model_runner)
         self.verify_width = compat.verify_width(vllm_config)
-        self.verify = self._verify_buffers(kv_cache_spec.block_size) if self.use_full_cuda_graph else None
+        self.verify = self._verify_buffers(kv_cache_spec.block_size, num_budgets) if self.use_full_cuda_graph else None
         per_query_head = self.config.group_reduction == "per_query_head"
         self.group = LayerGroup(
             num_sparse_layers=self.num_sparse_layers,
@@ -139,14 +150,14 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             element_size=kv_cache_spec.dtype.itemsize,
             page_size=self.config.page_size,
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
+            budgets=budgets,
         )
         self.step_log = StepLog(self.group)
         get_tally_writer()  # its file is made, or refused, at start-up and not by the first request
-        sparse = [name for name, layer in layers.items() if is_sparse_layer(name, layer.impl, self.config)]
         most_rows = max(max_num_reqs, vllm_config.scheduler_config.max_num_seqs * self.verify_width)
-        self.reached = ReachedCounts(sparse, most_rows, self.group.num_select_heads, device, self.step_log)
+        self.reached = ReachedCounts(list(sparse), most_rows, self.group.num_select_heads, device, self.step_log)
 
-    def _verify_buffers(self, block_size: int) -> VerifyBuffers | None:
+    def _verify_buffers(self, block_size: int, num_budgets: int | None) -> VerifyBuffers | None:
         """Room for the largest verify step that a graph is captured for; None without speculation."""
         if self.verify_width == 1 or self.num_sparse_layers == 0:
             return None
@@ -154,7 +165,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         max_tokens = min(scheduler.max_num_seqs * self.verify_width, self.max_cudagraph_size or 0)
         # drafts may lie past the last position
         max_blocks = -(-(self.model_config.max_model_len + self.verify_width) // block_size)
-        return VerifyBuffers(max_tokens, max_blocks, self.device)
+        return VerifyBuffers(max_tokens, max_blocks, self.device, num_budgets)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCudaMetadata:
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
@@ -236,15 +247,21 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             adaptive = adaptive_rows(self.group, step.classes, step.rows.seq_lens, tallies)
         self.reached.expect(adaptive, places[step.classes.adaptive])
 
+    def _page_budgets(self, classes: RowClasses) -> IntArray:
+        """``[num_rows]``; by layer: ``[num_layers, num_rows]``."""
+        budgets = self.group.budgets
+        return budgets.rows(classes.page_budgets, classes.num_pages) if budgets else classes.page_budgets
+
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return staged(array, self.device).to(self.device, non_blocking=True)
 
     def _whole_step(self, common: Any, step: SortedStep | None) -> SparseRows:
         num_reqs = common.num_reqs
         if step is not None:
-            host = np.full(num_reqs, ALL_PAGES, dtype=np.int32)
+            budgets = self._page_budgets(step.classes)
+            host = np.full((*budgets.shape[:-1], num_reqs), ALL_PAGES, dtype=np.int32)
             sparse, adaptive = step.classes.sparse, step.classes.adaptive
-            host[step.rows.requests[sparse]] = step.classes.page_budgets[sparse]
+            host[..., step.rows.requests[sparse]] = budgets[..., sparse]
             self.page_budgets.put(host)
             shares = np.ones(num_reqs, dtype=np.float32)
             shares[step.rows.requests[adaptive]] = step.top_ps[adaptive]
@@ -253,18 +270,21 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,
-            page_budgets=self.page_budgets.tensor[:num_reqs],
+            page_budgets=self.page_budgets.tensor[..., :num_reqs],
             top_ps=self.top_ps.tensor[:num_reqs],
             block_table=common.block_table_tensor,
             reached=self.reached,
+            budgets=self.group.budgets,
         )
 
     def _verify_step(self, common: Any, step: SortedStep | None, buffers: VerifyBuffers, width: int) -> SparseRows:
         count = common.num_actual_tokens
         if step is not None:
-            host, shares = np.zeros(count, dtype=np.int32), np.ones(count, dtype=np.float32)
+            budgets = self._page_budgets(step.classes)
+            host = np.zeros((*budgets.shape[:-1], count), dtype=np.int32)
+            shares = np.ones(count, dtype=np.float32)
             served, adaptive = step.rows.served(step.classes.sparse), step.classes.adaptive
-            host[step.rows.starts[served]] = step.classes.page_budgets[served]
+            host[..., step.rows.starts[served]] = budgets[..., served]
             buffers.page_budgets.put(host)
             shares[step.rows.starts[adaptive]] = step.top_ps[adaptive]
             buffers.top_ps.put(shares)
@@ -274,10 +294,11 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         return SparseRows(
             tokens=None,
             seq_lens=buffers.seq_lens[:count],
-            page_budgets=buffers.page_budgets.tensor[:count],
+            page_budgets=buffers.page_budgets.tensor[..., :count],
             top_ps=buffers.top_ps.tensor[:count],
             block_table=buffers.block_table[:count],
             reached=self.reached,
+            budgets=self.group.budgets,
             served=buffers.sparse[:count],
         )
 
@@ -288,10 +309,11 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         return SparseRows(
             tokens=self._to_device(step.rows.starts[chosen]),
             seq_lens=common.seq_lens[index] - self._to_device(step.rows.lags[chosen]),
-            page_budgets=self._to_device(step.classes.page_budgets[chosen]),
+            page_budgets=self._to_device(self._page_budgets(step.classes)[..., chosen]),
             top_ps=self._to_device(np.where(adaptive, step.top_ps, 1)[chosen].astype(np.float32)),
             block_table=common.block_table_tensor[index],
             reached=self.reached,
+            budgets=self.group.budgets,
         )
 
     def _without(self, common: Any, step: SortedStep) -> QuestCudaMetadata:
@@ -411,7 +433,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             views.summaries,
             rows.block_table,
             rows.seq_lens,
-            rows.page_budgets,
+            rows.page_budgets_of(layer),
             page_size=config.page_size,
             scale=self.scale,
             softcap=self.logits_soft_cap,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quest_vllm.config import QuestConfig
+from quest_vllm.layer_budgets import layer_budgets
 
 GPU_BANDWIDTHS = {
     "A100-40GB": 1555.0,
@@ -81,7 +82,7 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
     """K+V pairs that one request reads per KV head of a sparse layer; a page summary is as large as one pair.
 
     ``token_budget`` 0 is dense, and so is one that covers ``context``. ``group_size`` is query heads per KV head: with
-    ``group_reduction`` per_query_head each selects pages of its own.
+    ``group_reduction`` per_query_head each selects pages of its own. With ``layer_shares``: the mean over layers.
     """
     num_pages = -(-context // config.page_size)
     page_budget = -(-token_budget // config.page_size)
@@ -89,7 +90,9 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
         return Traffic(context, context)
     missing = num_pages * config.page_size - context  # of the newest page, which is always selected
     selections = group_size if config.group_reduction == "per_query_head" else 1
-    return Traffic(context, num_pages + selections * (page_budget * config.page_size - missing))
+    budgets = layer_budgets(config)
+    pages = page_budget if budgets is None else float(budgets.pages(page_budget).clip(max=num_pages).mean())
+    return Traffic(context, num_pages + round(selections * (pages * config.page_size - missing)))
 
 
 def estimate(

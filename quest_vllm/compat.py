@@ -15,6 +15,7 @@ that importing quest_vllm neither imports vLLM nor touches a device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def current_vllm_config() -> Any | None:
     return importlib.import_module("vllm.config").get_current_vllm_config_or_none()
 
 
+@functools.cache
 def layer_index(layer_name: str) -> int:
     """Index of the decoder layer in a name like ``model.layers.3.self_attn.attn``."""
     return importlib.import_module("vllm.model_executor.models.utils").extract_layer_index(layer_name)

@@ -26,6 +26,7 @@ KEY_CODE_PAGE_SIZE, KEY_CODE_CHANNELS = 16, 64  # the page size of key codes, an
 BOUND_RADIUS = 0.5
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 MAX_TOKEN_BUDGET = 2**31 - 1
+MAX_LAYER_SHARE = 1000
 ENV_PREFIX = "QUEST_"
 ENV_CONFIG = "QUEST_CONFIG"
 ADDITIONAL_CONFIG_KEY = "quest"
@@ -36,7 +37,8 @@ _ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
-    ``token_budget`` counts sink, recent and current pages; 0 means dense. ``top_p`` below 1 adapts it, see
+    ``token_budget`` counts sink, recent and current pages; 0 means dense. ``layer_shares`` are pairs of a layer's index
+    and its share, see :mod:`quest_vllm.layer_budgets`. ``top_p`` below 1 adapts the budget, see
     :func:`quest_vllm.ops.reference.select_pages`. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
     at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means
@@ -49,7 +51,8 @@ class QuestConfig:
     page_size: int = 16
     sink_pages: int = 1
     recent_pages: int = 2
-    dense_layers: tuple[int, ...] = (0, 1)
+    dense_layers: tuple[int, ...] = ()
+    layer_shares: tuple[tuple[int, float], ...] = ()
     group_reduction: str = AUTO
     bound_radius: float = BOUND_RADIUS
     page_summary: str = AUTO
@@ -232,6 +235,8 @@ def _from_text(name: str, text: str, key: str) -> object:
         return _flag_from_text(name, text)
     if _CHECKS[key] is _aliases:
         return _aliases_from_text(name, text)
+    if _CHECKS[key] is _layer_shares:
+        return _shares_from_text(name, text)
     return text
 
 
@@ -250,6 +255,19 @@ def _aliases_from_text(name: str, text: str) -> dict[str, int]:
             raise _bad_value(name, "NAME=TOKENS, comma-separated, each name once", text)
         aliases[alias] = _int_from_text(name, budget)
     return aliases
+
+
+def _shares_from_text(name: str, text: str) -> dict[int, float]:
+    """``0=1.2,1=0.8``; ``{}``: none."""
+    shares: dict[int, float] = {}
+    for part in text.strip("{} ").split(","):
+        layer, equals, share = part.strip().partition("=")
+        if not equals and not part.strip():
+            continue
+        if not equals or _int_from_text(name, layer) in shares:
+            raise _bad_value(name, "LAYER=SHARE, comma-separated, each layer once", text)
+        shares[int(layer)] = _float_from_text(name, share)
+    return shares
 
 
 def _int_from_text(name: str, text: str) -> int:
@@ -329,6 +347,19 @@ def _check_layers(key: str, value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+def _layer_shares(key: str, value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = dict(value) if isinstance(value, tuple) else value
+    if not isinstance(pairs, Mapping):
+        raise _bad_value(key, "a mapping of layer indices to shares, like {0: 1.2, 1: 0.8}", value)
+    shares: dict[int, float] = {}
+    for layer, share in pairs.items():
+        index = int(layer) if isinstance(layer, str) and layer.isascii() and layer.isdigit() else layer  # JSON's keys
+        if not _is_int(index) or index < 0 or index in shares:
+            raise _bad_value(key, "layer indices, each 0 or more and named once", layer)
+        shares[index] = _number_between(0, MAX_LAYER_SHARE)(f"{key}: {index}", share)
+    return tuple(sorted(shares.items()))
+
+
 def _directory(key: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise _bad_value(key, "a directory's path, or null", value)
@@ -364,6 +395,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sink_pages": _int_between(0, 1024),
     "recent_pages": _int_between(1, 1024),
     "dense_layers": _check_layers,
+    "layer_shares": _layer_shares,
     "group_reduction": _one_of((AUTO, *GROUP_REDUCTIONS)),
     "bound_radius": _number_between(0, 1),
     "page_summary": _one_of((AUTO, *PAGE_SUMMARIES)),

@@ -109,12 +109,40 @@ def refuse_layer_features(alibi_slopes: Any, sinks: Any) -> None:
             )
 
 
-def count_sparse_layers(layers: dict[str, Any], config: QuestConfig) -> int:
-    """How many of ``layers`` (name to attention module) ever select pages; one log line for sliding windows."""
-    windowed = sum(has_window(layer.impl) for layer in layers.values())
+def sparse_layers(vllm_config: Any, layers: dict[str, Any], config: QuestConfig) -> dict[str, int]:
+    """Index of each of ``layers`` (name to attention module) that ever selects pages; a log line for sliding windows.
+
+    Raises :class:`~quest_vllm.compat.UnsupportedVllm` where layer_shares are not of this model's sparse layers.
+    """
+    windowed = [compat.layer_index(name) for name, layer in layers.items() if has_window(layer.impl)]
     if windowed:
-        logger.info("quest_vllm: %d sliding-window layers stay dense", windowed)
-    return sum(is_sparse_layer(name, layer.impl, config) for name, layer in layers.items())
+        logger.info("quest_vllm: %d sliding-window layers stay dense", len(windowed))
+    found = {name: compat.layer_index(name) for name in layers if is_sparse_layer(name, layers[name].impl, config)}
+    refuse_layer_shares(vllm_config, config, set(found.values()), set(windowed))
+    return found
+
+
+def refuse_layer_shares(vllm_config: Any, config: QuestConfig, sparse: set[int], windowed: set[int]) -> None:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` unless layer_shares name every sparse layer, and no others.
+
+    ``sparse`` and ``windowed`` are those of this rank. Layers in ``dense_layers`` may be named: calibrated shares
+    outlive an operator's choice of those.
+    """
+    shares = {layer for layer, _ in config.layer_shares}
+    if not shares:
+        return
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    beyond = {layer for layer in shares if layer >= num_layers}
+    for what, which in (
+        ("no share for the sparse layers", sparse - shares),
+        ("shares for layers with a sliding window", shares & windowed),
+        (f"shares for layers beyond the model's {num_layers}", beyond),
+    ):
+        if which:
+            raise compat.UnsupportedVllm(
+                f"layer_shares: expected one for each layer that selects pages, got {what} {sorted(which)}; "
+                "run quest-vllm calibrate for this model, or set layer_shares to {}"
+            )
 
 
 def counts_rows(vllm_config: Any, layer_names: list[str], config: QuestConfig) -> bool:

@@ -86,7 +86,7 @@ def classify_rows(
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head of one layer.
+    """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head, summed over layers.
 
     ``pages_*`` and ``tokens_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a
     page summary is as large as one such pair) over all decode rows. Dense attention reads a request's context once for
@@ -102,26 +102,35 @@ class StepTraffic:
 
 
 def measure_traffic(
-    rows: RowClasses, seq_lens: IntArray, page_size: int, requests: npt.NDArray[np.intp] | None = None
+    rows: RowClasses,
+    seq_lens: IntArray,
+    page_size: int,
+    requests: npt.NDArray[np.intp] | None = None,
+    layer_pages: IntArray | None = None,
+    num_layers: int = 1,
 ) -> StepTraffic:
     """Count what the step's decode rows read: DESIGN's byte model, exact to the last partial page.
 
-    ``requests`` ``[num_rows]``, ascending: each row's request; None: every row has its own.
+    ``requests`` ``[num_rows]``, ascending: each row's request; None: every row has its own. ``layer_pages``
+    ``[num_layers, num_rows]``: page budgets of each layer, up to ``num_pages``; None: the rows' own in ``num_layers``.
     """
     sparse = rows.sparse & ~rows.adaptive
     dense = rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
-    selected, available = rows.page_budgets[sparse].astype(np.int64), rows.num_pages[sparse].astype(np.int64)
-    lengths = seq_lens[sparse].astype(np.int64)
+    if layer_pages is None:
+        selected = num_layers * int(rows.page_budgets[sparse].sum(dtype=np.int64))
+    else:
+        num_layers, selected = len(layer_pages), int(layer_pages[:, sparse].sum(dtype=np.int64))
+    available = num_layers * int(rows.num_pages[sparse].sum(dtype=np.int64))
+    lengths = num_layers * int(seq_lens[sparse].sum(dtype=np.int64))
     # the newest page is always selected, and it alone may be partial
-    missing = available * page_size - lengths
-    attended = int((selected * page_size - missing).sum())
+    attended = selected * page_size - (available * page_size - lengths)
     return StepTraffic(
-        pages_selected=int(selected.sum()),
-        pages_available=int(available.sum()),
+        pages_selected=selected,
+        pages_available=available,
         tokens_attended=attended,
-        tokens_available=int(lengths.sum()),
-        vectors_read=attended + int(available.sum()) + int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
-        vectors_dense=int(seq_lens[_last(sparse | dense, requests)].sum(dtype=np.int64)),
+        tokens_available=lengths,
+        vectors_read=attended + available + num_layers * int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
+        vectors_dense=num_layers * int(seq_lens[_last(sparse | dense, requests)].sum(dtype=np.int64)),
     )
 
 

@@ -14,16 +14,22 @@ def staged(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor
 
 
 class RowBuffer:
-    """One number a row at a fixed address, for CUDA graphs; what the device holds already does not travel again."""
+    """One number a row at a fixed address, for CUDA graphs; what the device holds already does not travel again.
 
-    def __init__(self, rows: int, value: float, dtype: torch.dtype, device: torch.device) -> None:
+    With ``layers`` one number a layer and row: ``tensor`` is ``[rows]``, or ``[layers, rows]``.
+    """
+
+    def __init__(
+        self, rows: int, value: float, dtype: torch.dtype, device: torch.device, layers: int | None = None
+    ) -> None:
         """Room for ``rows``, which hold ``value`` at first."""
-        self.tensor = torch.full((rows,), value, dtype=dtype, device=device)
-        self._held = torch.full((rows,), value, dtype=dtype).numpy()
+        shape = (rows,) if layers is None else (layers, rows)
+        self.tensor = torch.full(shape, value, dtype=dtype, device=device)
+        self._held = torch.full(shape, value, dtype=dtype).numpy()
 
     def put(self, values: npt.NDArray[np.generic]) -> None:
-        """Make ``values`` ``[<= rows]`` the first rows' numbers, before the kernels that follow on this stream."""
-        held = self._held[: len(values)]
+        """Make ``values`` ``[..., <= rows]`` the first rows' numbers, before the kernels that follow on this stream."""
+        held = self._held[..., : values.shape[-1]]
         if not np.array_equal(values, held):  # most steps change nothing
-            held[:] = values
-            self.tensor[: len(values)].copy_(staged(held.copy(), self.tensor.device), non_blocking=True)
+            held[...] = values
+            self.tensor.copy_(staged(self._held.copy(), self.tensor.device), non_blocking=True)

@@ -92,17 +92,17 @@ def uniform_width(query_start: IntArray) -> int:
 class VerifyBuffers:
     """The chain's inputs in steps of ``width`` query tokens a request, at fixed addresses for CUDA graphs.
 
-    ``seq_lens`` and ``page_budgets`` are ``[max_tokens]`` int32, ``top_ps`` float32, ``block_table`` ``[max_tokens,
-    max_blocks]`` int32, ``sparse`` ``[max_tokens]`` bool: the tokens that the chain serves. The others have length 0
-    in ``seq_lens``: the chain passes over them. ``dense_lens`` ``[max_tokens]`` int32, by request, is the reverse: one
-    token for the requests that the chain serves.
+    ``seq_lens`` and ``page_budgets`` are ``[max_tokens]`` int32 (budgets by layer: ``[layers, max_tokens]``),
+    ``top_ps`` float32, ``block_table`` ``[max_tokens, max_blocks]`` int32, ``sparse`` ``[max_tokens]`` bool: the tokens
+    that the chain serves. The others have length 0 in ``seq_lens``: the chain passes over them. ``dense_lens``
+    ``[max_tokens]`` int32, by request, is the reverse: one token for the requests that the chain serves.
     """
 
-    def __init__(self, max_tokens: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, max_blocks: int, device: torch.device, layers: int | None = None) -> None:
         """Room for ``max_tokens`` query tokens of requests with up to ``max_blocks`` blocks."""
         self.max_tokens = max_tokens
         self.seq_lens = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        self.page_budgets = RowBuffer(max_tokens, 0, torch.int32, device)
+        self.page_budgets = RowBuffer(max_tokens, 0, torch.int32, device, layers)
         self.top_ps = RowBuffer(max_tokens, 1.0, torch.float32, device)
         self.block_table = torch.zeros(max_tokens, max_blocks, dtype=torch.int32, device=device)
         self.sparse = torch.zeros(max_tokens, dtype=torch.bool, device=device)
@@ -116,7 +116,8 @@ class VerifyBuffers:
         """
         num_reqs = seq_lens.shape[0]
         count = num_reqs * width
-        sparse = self.page_budgets.tensor[:count].view(num_reqs, width) > 0
+        budgets = self.page_budgets.tensor.view(-1, self.max_tokens)[0]  # sparse in one layer, sparse in all
+        sparse = budgets[:count].view(num_reqs, width) > 0
         lags = torch.arange(width - 1, -1, -1, dtype=torch.int32, device=seq_lens.device)
         own = (seq_lens[:, None] - lags).clamp(min=0)
         self.sparse[:count].copy_(sparse.flatten())

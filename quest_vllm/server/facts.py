@@ -59,6 +59,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "recent_pages": config.recent_pages,
             "group_reduction": config.group_reduction,
             "page_summary": config.page_summary,
+            "layer_shares": dict(config.layer_shares),
         },
         "model": _describe_model(config.dense_layers, config.group_reduction == "per_query_head"),
         "max_body_bytes": config.max_body_bytes,

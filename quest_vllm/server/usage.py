@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from quest_vllm.config import QuestConfig
+from quest_vllm.layer_budgets import layer_budgets
 from quest_vllm.metadata import classify_rows, measure_traffic
 from quest_vllm.tally import Tally
 
@@ -22,7 +23,7 @@ LENGTHS = (("prompt_tokens", "completion_tokens"), ("input_tokens", "output_toke
 
 
 class SparseUsage(BaseModel):
-    """What a reply's decode steps did. Counts are those of one selecting head in one sparse layer."""
+    """What a reply's decode steps did. Counts are those of one selecting head, the mean over sparse layers."""
 
     token_budget: int = Field(description="Budget in force, in tokens; 0: dense.")
     top_p: float = Field(description="Share of the budget's estimated mass in force; 1: the whole budget is spent.")
@@ -62,9 +63,12 @@ def count_usage(
         config,
         np.full(steps, top_p, np.float32),
     )
-    traffic = measure_traffic(rows, seq_lens, config.page_size)
-    attended: float = traffic.vectors_read - traffic.pages_available  # a summary is one vector a page
-    pages: float = traffic.pages_selected
+    budgets = layer_budgets(config)
+    layer_pages = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else None
+    layers = len(budgets.layers) if budgets else 1
+    traffic = measure_traffic(rows, seq_lens, config.page_size, None, layer_pages, layers)
+    attended = (traffic.vectors_read - traffic.pages_available) / layers  # a summary is one vector a page
+    pages = traffic.pages_selected / layers
     adaptive = int(rows.adaptive.sum())
     known = adaptive == 0 or (tally is not None and tally.steps > 0)
     if adaptive and known and tally is not None:
@@ -76,7 +80,7 @@ def count_usage(
         top_p=top_p,
         mean_tokens_attended=round(attended / steps, 2) if steps and known else None,
         pages_selected=round(pages) if known else None,
-        pages_available=traffic.pages_available + int(rows.num_pages[rows.adaptive].sum()),
+        pages_available=traffic.pages_available // layers + int(rows.num_pages[rows.adaptive].sum()),
         decode_steps=steps,
     )
 

@@ -24,7 +24,7 @@ from tests.e2e.test_server import prompt_ids
 
 pytestmark = pytest.mark.server
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
-LAYERS, DENSE_LAYERS, HEADS = 30, 2, 3
+LAYERS, HEADS = 30, 3
 ELEMENT = 4 if DTYPE == "float32" else 2  # bytes
 
 
@@ -51,7 +51,7 @@ def test_info_is_the_models(deployed: Server) -> None:
     info = get(deployed, "/v1/quest/info")
     assert info == {
         "default_budget": 2048, "min_budget": 48, "max_model_len": 8192, "page_size": 16, "layers": LAYERS,
-        "dense_layers": [0, 1], "kv_heads": HEADS, "select_heads": "KV", "vector_bytes": 2 * 64 * ELEMENT, "map": True,
+        "dense_layers": [], "kv_heads": HEADS, "select_heads": "KV", "vector_bytes": 2 * 64 * ELEMENT, "map": True,
     }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_trace_holds_every_layer_of_every_step_and_nothing_of_other_requests(dep
     get(deployed, "/v1/completions", body=body | {"vllm_xargs": {"quest_token_budget": 0, "quest_trace": 78}})
     records = get(deployed, "/v1/quest/trace/77")["records"]
     assert [(length, layer) for length, layer, *_ in records] == [
-        (1000 + step, layer) for step in range(1, 6) for layer in range(DENSE_LAYERS, LAYERS)
+        (1000 + step, layer) for step in range(1, 6) for layer in range(LAYERS)
     ]
     for length, _, pages_per_cell, encoded in records:
         share = np.frombuffer(base64.b64decode(encoded), np.uint8)
@@ -116,7 +116,7 @@ def model_bytes(context: int, budget: int) -> int:
     lengths = np.array([context], dtype=np.int32)
     rows = classify_rows(one, lengths, np.array([False]), np.array([budget], dtype=np.int32), config)
     vectors = measure_traffic(rows, lengths, config.page_size).vectors_read
-    return (vectors * (LAYERS - DENSE_LAYERS) + context * DENSE_LAYERS) * HEADS * 2 * 64 * ELEMENT
+    return vectors * LAYERS * HEADS * 2 * 64 * ELEMENT
 
 
 @needs_chromium
@@ -134,7 +134,7 @@ def test_a_visitor_gives_the_key_and_compares_three_budgets(browser: Browser, de
         assert card["answer"].strip() and not card["bad"] and card["rows"] == LAYERS
         assert card["first"].endswith("s") and card["each"].endswith("s")
         assert card["bytes"] == model_bytes(card["context"], budget)
-    assert dense["filled"] == 1 > middle["filled"] > small["filled"] > DENSE_LAYERS / LAYERS
+    assert dense["filled"] == 1 > middle["filled"] > small["filled"] > 0
     assert "every layer reads all" in dense["caption"].lower() and "4 of " in small["caption"]
     browser.run("document.querySelector('#all-steps').click()")
     assert cards(browser)[2]["filled"] >= small["filled"]

@@ -285,7 +285,7 @@ def test_the_route_describes_the_server(api: Api) -> None:
     # what "auto" became there
     assert (answer["policy"]["page_summary"], answer["policy"]["group_reduction"]) == ("key_codes", "mass")
     model = answer["model"]
-    assert (model["layers"], model["sparse_layers"], model["kv_heads"], model["selecting_heads"]) == (30, 28, 3, 3)
+    assert (model["layers"], model["sparse_layers"], model["kv_heads"], model["selecting_heads"]) == (30, 30, 3, 3)
 
 
 def test_openapi(api: Api) -> None:

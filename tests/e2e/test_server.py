@@ -16,7 +16,7 @@ from tests.e2e.conftest import KEY, MIN_BUDGET, MODEL_NAME, Server
 
 pytestmark = pytest.mark.server
 
-PAGE, LAYERS, DENSE_LAYERS, KV_HEADS = 16, 30, 2, 3
+PAGE, LAYERS, KV_HEADS = 16, 30, 3
 WORDS = "river garden engine letter window market stone paper bridge cloud".split()
 
 
@@ -49,7 +49,7 @@ def test_budget_of_512_reads_512_tokens_a_head_and_step(server: Server) -> None:
     )
     assert answer.usage.completion_tokens == 9
     steps = 8  # the first token comes out of prefill
-    heads = (LAYERS - DENSE_LAYERS) * KV_HEADS
+    heads = LAYERS * KV_HEADS
     assert grown(server, before, "quest_pages_selected_total") == steps * heads * 512 // PAGE
     available = sum(-(-(4000 + step) // PAGE) for step in range(1, steps + 1)) * heads
     assert grown(server, before, "quest_pages_available_total") == available

@@ -127,7 +127,7 @@ def test_calibrated_settings_lie_between_the_defaults_and_what_a_user_says(tmp_p
     environ = {"QUEST_MODELS_DIR": str(tmp_path), "HOME": str(tmp_path)}
     written(tmp_path, "small", {"settings": {"dense_layers": [7]}, "evidence": {}})
     assert load_config(None, environ, model="small").dense_layers == (7,)
-    assert load_config(None, environ).dense_layers == load_config(None, environ, model="other").dense_layers == (0, 1)
+    assert load_config(None, environ).dense_layers == load_config(None, environ, model="other").dense_layers == ()
     assert load_config({"quest": {"dense_layers": [2]}}, environ, model="small").dense_layers == (2,)
     assert load_config(None, environ | {"QUEST_DENSE_LAYERS": "4"}, model="small").dense_layers == (4,)
     own = tmp_path / "mine.yaml"
@@ -156,7 +156,7 @@ def test_serving_reads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert config_of(vllm_config).dense_layers == (11,)
     vllm_config.additional_config = {"quest": {"dense_layers": []}}
     assert config_of(vllm_config).dense_layers == ()
-    assert config_of(None).dense_layers == (0, 1)
+    assert config_of(None).dense_layers == ()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_bad_usage(arguments: list[str], message: str, model_path: Path, capsys:
 def engine(llm: Any) -> Iterator[Any]:
     """The shared engine, with the layers that it began with afterwards."""
     yield llm
-    llm.collective_rpc(set_sparse_layers, args=([layer for layer in range(30) if layer not in (0, 1)],))
+    llm.collective_rpc(set_sparse_layers, args=(list(range(30)),))
 
 
 @pytest.mark.engine

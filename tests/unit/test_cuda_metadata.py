@@ -21,6 +21,7 @@ from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaImpl, QuestCudaMetadata, QuestCudaMetadataBuilder
 from quest_vllm.budget import BudgetTable
 from quest_vllm.config import QuestConfig
+from quest_vllm.layer_budgets import layer_budgets
 from quest_vllm.reached import ReachedCounts, collect_reached, counts_on_device
 from quest_vllm.row_buffers import RowBuffer
 from quest_vllm.token_rows import VerifyBuffers
@@ -32,19 +33,21 @@ LAYERS = ("model.layers.2.attn", "model.layers.3.attn")
 class Builder(QuestCudaMetadataBuilder):
     """Ours, without what vLLM's constructor asks of a GPU."""
 
-    def __init__(self, table: BudgetTable, verify: bool = True) -> None:
-        self.device, self.block_size, self.config = torch.device("cpu"), BLOCK, QuestConfig()
+    def __init__(self, table: BudgetTable, verify: bool = True, config: QuestConfig | None = None) -> None:
+        self.device, self.block_size, self.config = torch.device("cpu"), BLOCK, config or QuestConfig()
+        budgets = layer_budgets(self.config, (2, 3))
+        layers = budgets and len(budgets.layers)
         self.num_sparse_layers, self.audit, self.is_v2 = 28, OnlineAudit({}, 0), True
-        self.group = LayerGroup(2, 3, 3, 64, 2, 16, True)
+        self.group = LayerGroup(2, 3, 3, 64, 2, 16, True, budgets)
         self.counted: list[tuple[Any, ...]] = []
         self.read_back: list[tuple[Any, ...]] = []
         add, add_reached = (lambda *step: self.counted.append(step)), (lambda *read: self.read_back.append(read))
         self.step_log: Any = SimpleNamespace(add=add, add_reached=add_reached)
         self.reached = ReachedCounts(LAYERS, MAX_REQS * WIDTH, 3, self.device, self.step_log)
-        self.page_budgets = RowBuffer(MAX_REQS, ALL_PAGES, torch.int32, self.device)
+        self.page_budgets = RowBuffer(MAX_REQS, ALL_PAGES, torch.int32, self.device, layers)
         self.top_ps = RowBuffer(MAX_REQS, 1.0, torch.float32, self.device)
         self.verify_width = WIDTH
-        self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device) if verify else None
+        self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device, layers) if verify else None
         self.stock_builds: list[tuple[torch.Tensor, bool]] = []
 
     def _stock(self, common: Any, fast_build: bool = False) -> QuestCudaMetadata:
@@ -156,7 +159,8 @@ def test_budgets_travel_only_when_they_change(table: BudgetTable, monkeypatch: p
     for lengths, slots in (([800, 90], [3, 1]), ([801, 91], [3, 1]), ([802], [3]), ([92, 803], [1, 3]), ([804], [3])):
         rows = builder.build(0, common_metadata([1] * len(slots), lengths, slots)).sparse
         assert rows.page_budgets.tolist() == [16 if slot == 3 else ALL_PAGES for slot in slots]
-    assert sent == [[16, ALL_PAGES], [ALL_PAGES, 16], [16]]
+    free = [ALL_PAGES] * (MAX_REQS - 2)
+    assert sent == [[16, ALL_PAGES, *free], [ALL_PAGES, 16, *free], [16, 16, *free]]
     assert [step.seq_lens.tolist() for _, step, _ in builder.counted[:2]] == [[800, 90], [801, 91]]
 
 
@@ -308,3 +312,30 @@ def test_each_layer_hands_its_rows_to_the_kernel(table: BudgetTable, shares: Bud
         assert len(call["query"]) == count and call["top_p"].tolist() == [0.5] * count
         place = builder.reached.of(layer, count)
         assert call["taken"].data_ptr() == place.data_ptr() and call["taken"].shape == (count, 3)
+
+
+UNEVEN = QuestConfig(layer_shares={2: 1, 3: 3})  # type: ignore[arg-type]
+"""Beyond three forced pages, layer 3 gets three times what layer 2 gets."""
+
+
+def test_layers_read_their_own_budgets_at_addresses_that_do_not_move(table: BudgetTable) -> None:
+    builder = Builder(table, config=UNEVEN)
+    captured = builder.build_for_cudagraph_capture(common_metadata([1] * 4, [1] * 4, None)).sparse
+    for slot, budget in ((3, 256), (1, 0), (2, 112)):
+        table.set(slot, budget)
+    replayed = builder.build(0, common_metadata([1] * 3, [900, 800, 120], [3, 1, 2], padded_to=4)).sparse
+    for layer, expected in zip(LAYERS, ([10, ALL_PAGES, 5, ALL_PAGES], [22, ALL_PAGES, 8, ALL_PAGES]), strict=True):
+        ours, theirs = replayed.page_budgets_of(layer), captured.page_budgets_of(layer)
+        assert ours.tolist() == expected  # 2 x 13 pages as 7 and 19; 2 x 4 as 2 and 6, of which one is not there
+        assert ours.data_ptr() == theirs.data_ptr() and ours.is_contiguous()
+
+
+def test_layers_read_their_own_budgets_in_verify_steps_and_beside_chunks(table: BudgetTable) -> None:
+    builder = Builder(table, config=UNEVEN)
+    for slot, budget in ((5, 256), (2, 0)):
+        table.set(slot, budget)
+    verify = builder.build(0, common_metadata([WIDTH] * 2, [700, 900], [5, 2])).sparse
+    assert verify.served.tolist() == [True] * 4 + [False] * 4
+    assert [verify.page_budgets_of(layer).tolist() for layer in LAYERS] == [[10] * 4 + [0] * 4, [22] * 4 + [0] * 4]
+    mixed = builder.build(0, common_metadata([1, 7], [700, 90], [5, 2], prefilling=(1,))).sparse
+    assert [mixed.page_budgets_of(layer).tolist() for layer in LAYERS] == [[10], [22]]

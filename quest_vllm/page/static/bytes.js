@@ -1,5 +1,6 @@
 /* The byte model: what one decode step of one request reads from the KV cache. The same arithmetic as
-   quest_vllm/metadata.py, over all layers; a page summary is as large as one token's key and value. */
+   quest_vllm/metadata.py, over all layers; a page summary is as large as one token's key and value. Spread over layers by
+   layer_shares, a budget is as many pages in all, or a few less where a layer's part covers the context. */
 
 /** @returns {boolean} whether a request with this budget and context selects pages */
 export function isSparse(info, context, budget) {
