@@ -2,8 +2,6 @@
 
 usage: calibrate_reference.py MODEL [--device cuda] [--budget B] [--context N] [--places N] [--output FILE.json]
 
-Also: what the same bytes are worth when layers that lose more get more of them (`spread`); serving cannot do that yet.
-
 The layers are chosen on prose (Opticks) and judged on what is held back: the Python manual. KL is to dense attention,
 mean over the decoded tokens of a text; pages are chosen as the server's defaults say, with key codes where they can.
 """
@@ -26,7 +24,7 @@ from policy_texts import Text, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
-from quest_vllm.eval.calibrate import ORIGINAL, Candidate, Task, calibrate, difference
+from quest_vllm.eval.calibrate import ORIGINAL, Candidate, Shares, Task, calibrate, difference
 from quest_vllm.eval.stats import bootstrap_mean
 
 
@@ -41,13 +39,11 @@ class ReferenceProbe:
         batches = [list(windows[start : start + batch]) for start in range(0, len(windows), batch)]
         self._tasks = [TextTask(model, some, size, 1, False) for some in batches]
 
-    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
+    def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
-        return self._kl(replace(self.candidate.run(budget), dense_layers=tuple(dense_layers)), budget)
-
-    def kl_spread(self, layer_pages: Sequence[int]) -> list[float]:
-        """KL to dense of each text where every layer has a number of pages of its own."""
-        return self._kl(replace(self.candidate.run(0), dense_layers=(), layer_pages=tuple(layer_pages)), 0)
+        run = self.candidate.run(budget)
+        run = run if shares is None else run.spread(shares)
+        return self._kl(replace(run, dense_layers=tuple(dense_layers)), budget)
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
@@ -57,45 +53,21 @@ class ReferenceProbe:
         return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
 
 
-def spread(losses: Sequence[float], pages: int, least: int) -> list[int]:
-    """Share ``len(losses) * pages`` pages among layers that lose ``losses`` at ``pages`` each; ``least`` for each.
-
-    A layer's loss falls about as its budget to the power of -1.5 (docs/characterisation.md), so their sum is least
-    where budgets go with losses to the power of 1 / (1 + 1.5). Raises ``ValueError`` where ``pages`` is below that.
-    """
-    if pages < least:
-        raise ValueError(f"pages: expected at least {least}, got {pages}")
-    weights = [max(loss, 0.0) ** 0.4 for loss in losses]
-    free, total = len(losses) * (pages - least), sum(weights)
-    exact = [free * weight / total for weight in weights] if total else [free / len(losses)] * len(losses)
-    shares = [int(share) for share in exact]
-    by_rest = sorted(range(len(losses)), key=lambda layer: shares[layer] - exact[layer])
-    for layer in by_rest[: free - sum(shares)]:
-        shares[layer] += 1
-    return [least + share for share in shares]
-
-
 @contextlib.contextmanager
 def probe_of(windows: Sequence[Text], *, model: ReferenceModel, batch: int) -> Iterator[ReferenceProbe]:
     """A :data:`quest_vllm.eval.calibrate.OpenProbe` once model and batch are given."""
     yield ReferenceProbe(model, windows, batch)
 
 
-def judge(probe: ReferenceProbe, layer_pages: list[int], budget: int) -> dict[str, Any]:
-    """Pages spread over the layers against as many in each, both without dense layers, on the probe's texts.
-
-    Beside them: the first two layers dense and the whole budget in the others, which reads more.
-    """
-    uniform = Candidate((), budget, tuple(probe.kl([], budget)))
-    others = {
-        "spread": Candidate((), budget, tuple(probe.kl_spread(layer_pages))),
-        "first_two_dense": Candidate(ORIGINAL, budget, tuple(probe.kl(ORIGINAL, budget))),
+def judge(probe: ReferenceProbe, budget: int) -> dict[str, Any]:
+    """The first two layers dense, their bytes on top of the budget, against no dense layer, on the probe's texts."""
+    alike = Candidate((), budget, tuple(probe.kl([], budget)))
+    first_two = Candidate(ORIGINAL, budget, tuple(probe.kl(ORIGINAL, budget)))
+    return {
+        "no_dense_layer": asdict(bootstrap_mean([alike.kl])),
+        "first_two_dense": asdict(bootstrap_mean([first_two.kl])),
+        "first_two_dense_less_none": asdict(difference(first_two, alike)),
     }
-    judged: dict[str, Any] = {"layer_pages": layer_pages, "uniform": asdict(bootstrap_mean([uniform.kl]))}
-    for name, other in others.items():
-        judged[name] = asdict(bootstrap_mean([other.kl]))
-        judged[f"{name}_less_uniform"] = asdict(difference(other, uniform))
-    return judged
 
 
 def parse() -> argparse.Namespace:
@@ -131,11 +103,8 @@ def main() -> None:
     found: dict[str, Any] = calibrate(
         functools.partial(probe_of, model=model, batch=arguments.batch), task, lambda line: print(line, flush=True)
     )
-    losses = list(found["evidence"]["kl_of_each_layer_sparse_alone"].values())
-    page_size = task.config.page_size
-    pages = spread(losses, arguments.budget // page_size, task.config.min_token_budget // page_size + 1)
     with probe_of(task.held_back, model=model, batch=arguments.batch) as probe:
-        judged = judge(probe, pages, arguments.budget)
+        judged = judge(probe, arguments.budget)
     document = {
         "benchmark": "calibration",
         "model": arguments.model.name,
@@ -150,10 +119,10 @@ def main() -> None:
         "texts": {text.name: text.sha256 for text in chosen},
         "policy": {"page_summary": task.config.page_summary, "group_reduction": task.config.group_reduction},
         **found,
-        "no_dense_layer_at_this_budget": judged,
+        "dense_layers_at_the_same_budget": judged,
     }
     save(document, arguments.output)
-    print({"no_dense_layer_at_this_budget": judged})
+    print({"dense_layers_at_the_same_budget": judged})
     print({name: one["kl"] | {"budget": one["budget"]} for name, one in found["evidence"]["held_back"].items()})
 
 

@@ -11,7 +11,7 @@ and pages are attended to under a mask: float32 works, and rows are not gathered
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quest_vllm.layer_budgets import LayerBudgets
 from quest_vllm.ops.api import Ops, load_ops
 from quest_vllm.policies import NO_SUMMARY, DecodeStep, PagePolicy
 from quest_vllm.policies.logits import token_logits
@@ -78,6 +79,12 @@ class Run:
     recent_pages: int = 2
     dense_layers: tuple[int, ...] = ()
     layer_pages: tuple[int, ...] | None = None
+
+    def spread(self, shares: Mapping[int, float]) -> Run:
+        """The same with its budget spread over layers, see :mod:`quest_vllm.layer_budgets`."""
+        budgets = LayerBudgets(shares, self.sink_pages + self.recent_pages)
+        own = dict(zip(budgets.layers, budgets.pages(self.token_budget // self.page_size).tolist(), strict=True))
+        return replace(self, layer_pages=tuple(own.get(layer, 0) for layer in range(1 + max(own))))
 
     @property
     def page_summary(self) -> str:

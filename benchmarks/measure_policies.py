@@ -16,7 +16,8 @@ Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (
 (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling of
 1024, and fixed budgets beside them; by the box), top_p_codes (by key codes), top_p_oracle (with exact masses),
 characterise (one of each kind, a window and eviction among them), gap (what is served and two stages on it, from the
-original to the oracle), long (what is served at a budget of 2048).
+original to the oracle), long (what is served at a budget of 2048), layers (what is served, with two dense layers, and
+with --settings spread over the layers as a calibration says; ``minus_served``: the paired difference to the first).
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hf_reference import Prefix, ReferenceModel, Run
 from policy_texts import Question, Text, needles, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
+from quest_vllm.eval.calibrate import ORIGINAL
 from quest_vllm.ops.api import Ops
 from quest_vllm.policies import (
     BoundPolicy,
@@ -54,6 +57,7 @@ from quest_vllm.policies import (
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
 SWEEP_BUDGETS = {"top_p": (1024,), "top_p_codes": (1024,), "top_p_oracle": (1024,), "long": (2048,)}
+FIRST_TWO_DENSE = "first two layers dense"
 METRICS = ("kl", "text_nll", "needle_nll", "needle_hits")
 SAVE_EVERY = 20.0  # seconds
 
@@ -69,6 +73,8 @@ class Candidate:
     page_size: int = 16
     only_budget: int | None = None
     share: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+    layer_shares: tuple[tuple[int, float], ...] = ()
 
     def budgets(self, every: Sequence[int]) -> tuple[int, ...]:
         """The sweep's budgets, or the policy's own."""
@@ -80,7 +86,9 @@ class Candidate:
 
     def run(self, budget: int) -> Run:
         """One pass at ``budget`` tokens."""
-        return Run(self.policy, self.page_size, self.spent(budget), self.sink_pages, self.recent_pages)
+        forced = (self.sink_pages, self.recent_pages)
+        run = Run(self.policy, self.page_size, self.spent(budget), *forced, self.dense_layers)
+        return run.spread(dict(self.layer_shares)) if self.layer_shares else run
 
     def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int, context: int = CONTEXT) -> int:
         """Bytes a layer and step at ``context`` tokens in 16-bit elements."""
@@ -270,6 +278,17 @@ def long_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     return [original(ops, page_size), box(ops, page_size), codes(ops, "mass", page_size), oracle]
 
 
+def layer_sweep(ops: Ops, page_size: int) -> list[Candidate]:
+    """What is served, and with the original's two dense layers, whose bytes come on top of the budget."""
+    served = codes(ops, "mass", page_size)
+    return [served, replace(served, name=FIRST_TWO_DENSE, dense_layers=ORIGINAL)]
+
+
+def shares_in(path: Path) -> tuple[tuple[int, float], ...]:
+    """The layer_shares of a calibration, YAML or this project's JSON."""
+    return QuestConfig(**yaml.safe_load(path.read_text())["settings"]).layer_shares
+
+
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "radius": radius_sweep,
     "forced": forced_sweep,
@@ -282,6 +301,7 @@ SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
     "characterise": characterise_sweep,
     "gap": gap_sweep,
     "long": long_sweep,
+    "layers": layer_sweep,
 }
 
 
@@ -390,7 +410,8 @@ class Cell:
 def passes(candidate: Candidate, budgets: Sequence[int]) -> list[tuple[Run, tuple[int, ...]]]:
     """The passes that a candidate takes: one for all budgets where its policy can, and each one's budgets."""
     own = candidate.budgets(budgets)
-    together = [(b,) for b in own] if getattr(candidate.policy, "one_budget", False) else [own]
+    alone = getattr(candidate.policy, "one_budget", False) or bool(candidate.layer_shares)
+    together = [(b,) for b in own] if alone else [own]
     return [(candidate.run(some[0]), some) for some in together]
 
 
@@ -447,12 +468,24 @@ def add_gap_closed(results: list[dict[str, Any]]) -> None:
 
 def add_minus_dense(results: list[dict[str, Any]]) -> None:
     """The paired difference of each policy to dense attention, the first of ``results``."""
-    dense = results[0]["values"]
     for one in results[1:]:
-        for metric in METRICS[1:]:
-            if metric in one:
-                pairs = zip(one["values"][metric], dense[metric], strict=True)
-                one.setdefault("minus_dense", {})[metric] = interval([found - exact for found, exact in pairs])
+        one["minus_dense"] = minus(one, results[0], METRICS[1:])
+
+
+def add_minus_served(results: list[dict[str, Any]]) -> None:
+    """The paired difference of each policy to the first one, at the same budget."""
+    served = {one["budget"]: one for one in results if one["policy"] == results[1]["policy"]}
+    for one in results[1:]:
+        if one["policy"] != results[1]["policy"]:
+            one["minus_served"] = minus(one, served[one["budget"]], METRICS)
+
+
+def minus(one: dict[str, Any], other: dict[str, Any], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Paired differences, by metric, with their intervals."""
+    pairs = {
+        metric: zip(one["values"][metric], other["values"][metric], strict=True) for metric in metrics if metric in one
+    }
+    return {metric: interval([found - exact for found, exact in pair]) for metric, pair in pairs.items()}
 
 
 def show(one: dict[str, Any]) -> str:
@@ -515,6 +548,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--places", type=int, default=0, help="texts at so many places of two of the sources instead")
     parser.add_argument("--rows", type=int, default=ROWS, help="decoded tokens of a text, up to 64")
     parser.add_argument("--batch", type=int, default=1, help="texts in a pass; several are faster on a GPU")
+    parser.add_argument("--settings", type=Path, help="with --sweep layers: a file of `quest-vllm calibrate`")
     parser.add_argument("--needles", type=int, default=0, help=f"prefixes of {KEYS} needles each")
     parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--page-size", type=int, default=16)
@@ -535,6 +569,8 @@ def main() -> None:
     start = [model.model.config.bos_token_id] if arguments.bos else []
     chosen = choose_texts(model, arguments, start)
     candidates = SWEEPS[arguments.sweep](model.ops, arguments.page_size)
+    if arguments.settings:
+        candidates.append(replace(candidates[0], name="spread by loss", layer_shares=shares_in(arguments.settings)))
     document = describe(arguments, chosen)
     remembers = any(isinstance(candidate.policy, HeavyHitterPolicy) for candidate in candidates)
     seeds = range(arguments.seed, arguments.seed + arguments.needles)
@@ -546,6 +582,8 @@ def main() -> None:
     for number, cells in enumerate(measure(candidates, stream, arguments.page_size, budgets)):
         if number + 1 == len(batches) + len(seeds) or time.monotonic() - saved > SAVE_EVERY:
             results = results_of(cells, candidates, model.shape, arguments.context)
+            if arguments.sweep == "layers":
+                add_minus_served(results)
             # a run that was stopped says how far it came
             done = {metric: len(found) for metric, found in cells[0].values.items()}
             save(document | {"measured": done, "results": results}, arguments.output)

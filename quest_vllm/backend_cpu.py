@@ -107,6 +107,10 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             budgets=layer_budgets(self.config, chosen),
         )
 
+    def spread_budgets(self, budgets: LayerBudgets | None) -> None:
+        """Let layers read ``budgets`` from the next step on, None: alike; for calibration."""
+        self.group = dataclasses.replace(self.group, budgets=budgets)
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCpuMetadata:
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)

@@ -134,13 +134,9 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.num_sparse_layers = len(sparse)
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
-        budgets = layer_budgets(self.config, tuple(sparse.values()))
-        num_budgets = len(sparse) if budgets else None
-        self.page_budgets = RowBuffer(max_num_reqs, ALL_PAGES, torch.int32, device, num_budgets)
         self.top_ps = RowBuffer(max_num_reqs, 1.0, torch.float32, device)
         self.is_v2 = bool(vllm_config.use_v2_model_runner)
         self.verify_width = compat.verify_width(vllm_config)
-        self.verify = self._verify_buffers(kv_cache_spec.block_size, num_budgets) if self.use_full_cuda_graph else None
         per_query_head = self.config.group_reduction == "per_query_head"
         self.group = LayerGroup(
             num_sparse_layers=self.num_sparse_layers,
@@ -150,22 +146,29 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             element_size=kv_cache_spec.dtype.itemsize,
             page_size=self.config.page_size,
             counts_rows=counts_rows(vllm_config, layer_names, self.config),
-            budgets=budgets,
         )
+        self.spread_budgets(layer_budgets(self.config, tuple(sparse.values())))
         self.step_log = StepLog(self.group)
         get_tally_writer()  # its file is made, or refused, at start-up and not by the first request
         most_rows = max(max_num_reqs, vllm_config.scheduler_config.max_num_seqs * self.verify_width)
         self.reached = ReachedCounts(list(sparse), most_rows, self.group.num_select_heads, device, self.step_log)
 
-    def _verify_buffers(self, block_size: int, num_budgets: int | None) -> VerifyBuffers | None:
-        """Room for the largest verify step that a graph is captured for; None without speculation."""
-        if self.verify_width == 1 or self.num_sparse_layers == 0:
+    def spread_budgets(self, budgets: LayerBudgets | None) -> None:
+        """Let layers read ``budgets`` from the next step on, None: alike. Graphs are to be captured after it."""
+        self.group = dataclasses.replace(self.group, budgets=budgets)
+        layers = len(budgets.layers) if budgets else None
+        self.page_budgets = RowBuffer(len(self.top_ps.tensor), ALL_PAGES, torch.int32, self.device, layers)
+        self.verify = self._verify_buffers(layers)
+
+    def _verify_buffers(self, layers: int | None) -> VerifyBuffers | None:
+        """Room for the largest verify step that a graph is captured for; None without speculation or graphs."""
+        if self.verify_width == 1 or self.num_sparse_layers == 0 or not self.use_full_cuda_graph:
             return None
         scheduler = self.vllm_config.scheduler_config
         max_tokens = min(scheduler.max_num_seqs * self.verify_width, self.max_cudagraph_size or 0)
         # drafts may lie past the last position
-        max_blocks = -(-(self.model_config.max_model_len + self.verify_width) // block_size)
-        return VerifyBuffers(max_tokens, max_blocks, self.device, num_budgets)
+        max_blocks = -(-(self.model_config.max_model_len + self.verify_width) // self.block_size)
+        return VerifyBuffers(max_tokens, max_blocks, self.device, layers)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QuestCudaMetadata:
         """Build the step's metadata; see vLLM's ``AttentionMetadataBuilder.build``."""

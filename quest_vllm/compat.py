@@ -165,6 +165,11 @@ def cached_layers(worker: Any) -> dict[str, Any]:
     }
 
 
+def metadata_builders(worker: Any) -> list[Any]:
+    """The attention metadata builders of ``worker``, one a group of layers, under either model runner."""
+    return [group.get_metadata_builder() for groups in worker.model_runner.attn_groups for group in groups]
+
+
 def _tensor() -> type:
     return importlib.import_module("torch").Tensor
 

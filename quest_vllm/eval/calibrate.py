@@ -1,10 +1,12 @@
-"""Which layers should never select pages: measured, at equal bytes, and judged on text that had no part in the choice.
+"""What each layer should read: measured, at equal bytes, and judged on text that had no part in the choice.
 
 1. Every layer alone is made sparse, all others dense: its KL to dense is what its selection loses.
 2. Candidates are the worst 0, 1, 2, ... layers kept dense. A dense layer reads the whole context, so the others get
    a smaller budget: every candidate reads as many bytes as the plain budget in all layers does.
 3. The fewest dense layers win from which no further one improves the KL by more than its interval.
-4. The choice, no dense layer, and layers 0 and 1 (the original's) are measured again on held-back text.
+4. The other layers' pages are spread by what each loses alone, as many in all; that stays if it improves the KL by more
+   than its interval.
+5. The choice, no dense layer, and layers 0 and 1 (the original's) are measured again on held-back text.
 """
 
 from __future__ import annotations
@@ -20,6 +22,17 @@ from quest_vllm.eval.stats import Estimate, bootstrap_mean
 
 ORIGINAL = (0, 1)
 """The dense layers of the original Quest."""
+LOSS_POWER = 0.4
+"""A layer's loss falls about as its budget to the power of -1.5 (docs/characterisation.md), so the sum of losses is
+least where budgets go with losses to the power of 1 / (1 + 1.5)."""
+Shares = Mapping[int, float]
+
+
+def shares_of(losses: Mapping[int, float]) -> Shares:
+    """``layer_shares`` for layers that lose ``losses`` (KL, by layer) at equal budgets; their mean is 1."""
+    weights = {layer: max(loss, 0.0) ** LOSS_POWER for layer, loss in losses.items()}
+    total = sum(weights.values())
+    return {layer: round(weight * len(weights) / total, 3) if total else 1.0 for layer, weight in weights.items()}
 
 
 def equal_bytes_budget(config: QuestConfig, budget: int, context: int, layers: int, dense: int) -> int:
@@ -39,8 +52,11 @@ class LayerKl(Protocol):
     layers: list[int]
     """All that could be sparse."""
 
-    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
-        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget`` tokens."""
+    def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
+        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget`` tokens.
+
+        ``shares`` of the others spread that over them, see :mod:`quest_vllm.layer_budgets`; None: alike.
+        """
         ...
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
@@ -54,16 +70,18 @@ OpenProbe = Callable[[Sequence[Any]], contextlib.AbstractContextManager[LayerKl]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Dense layers, the budget that the others get at equal bytes, and KL to dense by window."""
+    """Dense layers, the budget that the others get at equal bytes, how it is spread, and KL to dense by window."""
 
     dense_layers: tuple[int, ...]
     budget: int
     kl: tuple[float, ...]
+    shares: Shares | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the evidence."""
         mean = bootstrap_mean([self.kl])
-        return {"dense_layers": list(self.dense_layers), "budget": self.budget, "kl": _shown(mean)}
+        spread = {} if self.shares is None else {"layer_shares": dict(self.shares)}
+        return {"dense_layers": list(self.dense_layers), "budget": self.budget, **spread, "kl": _shown(mean)}
 
 
 def _shown(estimate: Estimate) -> dict[str, float]:
@@ -124,27 +142,32 @@ def calibrate(open_probe: OpenProbe, task: Task, say: Callable[[str], object]) -
             raise QuestValueError(f"--budget: expected at least {task.config.min_token_budget}, got {task.budget}")
         for candidate in affordable:
             say(f"dense layers {list(candidate.dense_layers)}: budget {candidate.budget}, KL {_mean(candidate):.5f}")
-        chosen = choose(affordable)
+        fewest = choose(affordable)
+        shares = shares_of({layer: alone[layer].mean for layer in probe.layers if layer not in fewest.dense_layers})
+        spread = measure(probe, task, fewest.dense_layers, shares)
+        assert spread is not None  # at the bytes of the fewest
+        say(f"the same pages, spread by loss: KL {_mean(spread):.5f}")
+        chosen = choose([fewest, spread])
     with open_probe(task.held_back) as probe:
         held_back = _held_back(probe, task, chosen)
     return {
-        "settings": {"dense_layers": list(chosen.dense_layers)},
+        "settings": {"dense_layers": list(chosen.dense_layers), "layer_shares": dict(chosen.shares or {})},
         "evidence": {
             "kl_with_nearly_all_pages": round(floor, 5),
             "kl_of_each_layer_sparse_alone": {layer: round(alone[layer].mean, 5) for layer in probe.layers},
-            "candidates_at_equal_bytes": [candidate.as_json() for candidate in affordable],
+            "candidates_at_equal_bytes": [candidate.as_json() for candidate in (*affordable, spread)],
             "held_back": held_back,
         },
     }
 
 
-def measure(probe: LayerKl, task: Task, dense_layers: Sequence[int]) -> Candidate | None:
+def measure(probe: LayerKl, task: Task, dense_layers: Sequence[int], shares: Shares | None = None) -> Candidate | None:
     """A candidate, or None where its bytes leave the other layers less than the smallest budget."""
     dense = tuple(sorted(set(dense_layers) & set(probe.layers)))
     budget = equal_bytes_budget(task.config, task.budget, task.context, len(probe.layers), len(dense))
     if budget < task.config.min_token_budget:
         return None
-    return Candidate(dense, budget, tuple(probe.kl(dense, budget)))
+    return Candidate(dense, budget, tuple(probe.kl(dense, budget, shares)), shares)
 
 
 def _mean(candidate: Candidate) -> float:
@@ -152,9 +175,11 @@ def _mean(candidate: Candidate) -> float:
 
 
 def _held_back(probe: LayerKl, task: Task, chosen: Candidate) -> dict[str, Any]:
-    """The choice against no dense layer and against the original's, on text that did not choose."""
-    rivals: Mapping[str, Sequence[int]] = {"no_dense_layer": (), "original": ORIGINAL}
-    ours = measure(probe, task, chosen.dense_layers)
+    """The choice against no dense layer and the original's, every layer alike, on text that did not choose."""
+    rivals: dict[str, Sequence[int]] = {"no_dense_layer": (), "original": ORIGINAL}
+    if chosen.shares is not None and chosen.dense_layers:
+        rivals["alike"] = chosen.dense_layers
+    ours = measure(probe, task, chosen.dense_layers, chosen.shares)
     assert ours is not None  # the same bytes were affordable before
     shown: dict[str, Any] = {"chosen": ours.as_json()}
     for name, layers in rivals.items():

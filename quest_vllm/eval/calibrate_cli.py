@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,11 +25,12 @@ from quest_vllm.exit_codes import DONE, STOPS, help_text, stop
 from quest_vllm.model_settings import file_name, packaged_models_dir, search_dirs
 from quest_vllm.runtime import config_of
 
-DESCRIPTION = "Find which layers of a model must stay dense, by measured KL, and keep the answer for serving."
+DESCRIPTION = "Find what each layer of a model should read, by measured KL, and keep the answer for serving."
 EPILOG = f"""\
 Each layer is made sparse alone; then the worst 0, 1, 2, ... layers are kept dense while the others get a smaller
-budget, so that every candidate reads as many bytes as --budget in all layers. The choice is measured again on held-back
-text, beside no dense layer and layers 0 and 1. All of it is written into the YAML file as evidence.
+budget, so that every candidate reads as many bytes as --budget in all layers. The pages of the others are then spread
+by what each layer loses: as many in all. What helps is kept, and measured again on held-back text, beside every layer
+alike without dense layers and with layers 0 and 1 dense. All of it is written into the YAML file as evidence.
 
 `quest-vllm serve MODEL` picks the file up by the model's name: $QUEST_MODELS_DIR, then ~/.config/quest_vllm/models,
 then the packaged configs/models. QUEST_CONFIG, --additional-config and QUEST_* variables win over it.
@@ -39,6 +41,10 @@ COMMENT = """\
 # Written by `quest-vllm calibrate`. Serving reads `settings` for models of this name; the rest is why.
 # KL is to dense attention, nats a token, on text read token by token in decode; intervals are 95%.
 """
+
+
+SOUGHT = ("dense_layers", "layer_shares")
+"""What calibration looks for, and must find unset."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +99,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(parsed: argparse.Namespace, command: str) -> dict[str, Any]:
-    config = load_config((parsed.engine_args or {}).get("additional_config"), model=parsed.model)
+    own = _without_answers(parsed.engine_args or {})
+    config = load_config(own["additional_config"], model=parsed.model)
+    for variable in (f"QUEST_{key.upper()}" for key in SOUGHT):
+        if os.environ.get(variable):
+            raise QuestValueError(
+                f"{variable}: expected unset, as calibration looks for it, got {os.environ[variable]}"
+            )
     if not config.min_token_budget <= parsed.budget < parsed.context:
         raise QuestValueError(
             f"--budget: expected {config.min_token_budget} to {parsed.context - 1} (less than the context), "
@@ -105,7 +117,7 @@ def _run(parsed: argparse.Namespace, command: str) -> dict[str, Any]:
     windows = [library.item(TEXT, parsed.context, index) for index in range(parsed.windows)]
     length = parsed.context + parsed.text_tokens + 1
     # layers change between steps: no captured graph may remember them
-    wanted = engine_args(parsed.model, length, 8, {**(parsed.engine_args or {}), "enforce_eager": True})
+    wanted = engine_args(parsed.model, length, 8, {**own, "enforce_eager": True})
     engine = start_engine(wanted)
     try:
         config = config_of(engine.llm_engine.vllm_config)  # without "auto": what it chooses with
@@ -117,6 +129,13 @@ def _run(parsed: argparse.Namespace, command: str) -> dict[str, Any]:
     return {"model": parsed.model.rstrip("/").rsplit("/", 1)[-1], **found}
 
 
+def _without_answers(given: dict[str, Any]) -> dict[str, Any]:
+    """The user's engine arguments, with every layer sparse and alike whatever was calibrated before."""
+    additional = given.get("additional_config") or {}
+    quest = {**additional.get("quest", {}), "dense_layers": [], "layer_shares": {}}
+    return {**given, "additional_config": {**additional, "quest": quest}}
+
+
 def _circumstances(parsed: argparse.Namespace, config: QuestConfig, source: TextSource, command: str) -> dict[str, Any]:
     return {
         "command": command,
@@ -126,7 +145,7 @@ def _circumstances(parsed: argparse.Namespace, config: QuestConfig, source: Text
         "tokens_a_window": parsed.text_tokens - 1,
         "seed": parsed.seed,
         "text": f"{source.name} {source.sha256}",
-        "policy": {key: value for key, value in policy(config).items() if key != "dense_layers"},
+        "policy": {key: value for key, value in policy(config).items() if key not in SOUGHT},
         "environment": environment(),
     }
 
@@ -148,5 +167,8 @@ def _verdict(document: dict[str, Any]) -> str:
             f", chosen less this {change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]" if change else ""
         )
         layers = row["dense_layers"] or "none"
-        lines.append(f"  {name}: dense layers {layers}, budget {row['budget']}, KL {row['kl']['mean']:.4f}{against}")
+        spread = ", spread by loss" if "layer_shares" in row else ""
+        lines.append(
+            f"  {name}: dense layers {layers}{spread}, budget {row['budget']}, KL {row['kl']['mean']:.4f}{against}"
+        )
     return "\n".join(lines)

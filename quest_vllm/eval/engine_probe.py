@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quest_vllm import compat
-from quest_vllm.eval.calibrate import LayerKl, OpenProbe
+from quest_vllm.eval.calibrate import LayerKl, OpenProbe, Shares
 from quest_vllm.eval.distributions import kl_by_record, new_record
 from quest_vllm.eval.engine_runner import read_contexts, request
 from quest_vllm.eval.plan import DECODE, DENSE, Unit
 from quest_vllm.eval.prompts import Item
 from quest_vllm.eval.text import TEXT
+from quest_vllm.layer_budgets import layer_budgets
 from quest_vllm.layers import has_window
 
 
-def set_sparse_layers(worker: Any, layers: Sequence[int]) -> list[int]:
+def set_sparse_layers(worker: Any, layers: Sequence[int], shares: Shares | None = None) -> list[int]:
     """Let ``layers`` alone select pages from the next step on; returns every layer that could (no sliding window).
 
-    For an eager engine: a captured graph keeps the layers of its capture. Run it by ``llm.collective_rpc``.
+    ``shares`` of these layers spread budgets over them; None: alike. For an eager engine without dense_layers: a
+    captured graph keeps the layers of its capture. Run it by ``llm.collective_rpc``.
     """
     able = []
     for name, layer in compat.cached_layers(worker).items():
@@ -30,6 +32,9 @@ def set_sparse_layers(worker: Any, layers: Sequence[int]) -> list[int]:
         if not has_window(layer.impl):
             able.append(index)
             layer.impl._sparse_layer = index in layers
+    for builder in compat.metadata_builders(worker):
+        config = replace(builder.config, dense_layers=(), layer_shares=tuple((shares or {}).items()))
+        builder.spread_budgets(layer_budgets(config))
     return sorted(able)
 
 
@@ -58,14 +63,14 @@ class Probe:
         read_contexts(self.engine, self.windows)
         self._dense = self._read(DENSE, "dense")
 
-    def select(self, layers: Sequence[int]) -> list[int]:
-        """Make ``layers`` alone sparse; returns all that could be."""
-        (able,) = {tuple(found) for found in self.engine.collective_rpc(set_sparse_layers, args=(list(layers),))}
+    def select(self, layers: Sequence[int], shares: Shares | None = None) -> list[int]:
+        """Make ``layers`` alone sparse, with ``shares``; returns all that could be."""
+        (able,) = {tuple(found) for found in self.engine.collective_rpc(set_sparse_layers, args=(list(layers), shares))}
         return list(able)
 
-    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
-        """KL to dense of each window with ``dense_layers`` dense and all others at ``budget``."""
-        self.select([layer for layer in self.layers if layer not in dense_layers])
+    def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
+        """See :class:`~quest_vllm.eval.calibrate.LayerKl`."""
+        self.select([layer for layer in self.layers if layer not in dense_layers], shares)
         sparse = self._read(budget, "sparse")
         return [kl_by_record(dense, other) for dense, other in zip(self._dense, sparse, strict=True)]
 

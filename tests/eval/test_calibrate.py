@@ -18,7 +18,7 @@ from quest_vllm.cli import main
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError
 from quest_vllm.eval import calibrate_cli
-from quest_vllm.eval.calibrate import Candidate, Task, calibrate, choose, equal_bytes_budget
+from quest_vllm.eval.calibrate import Candidate, Shares, Task, calibrate, choose, equal_bytes_budget, shares_of
 from quest_vllm.eval.engine_probe import Probe, set_sparse_layers
 from quest_vllm.eval.library import Library
 from quest_vllm.eval.plan import Plan
@@ -72,8 +72,10 @@ class LayersThatMatter:
     def __init__(self, worth: dict[int, float], windows: Sequence[float]) -> None:
         self.layers, self.worth, self.windows = sorted(worth), worth, windows
 
-    def kl(self, dense_layers: Sequence[int], budget: int) -> list[float]:
-        lost = sum(value for layer, value in self.worth.items() if layer not in dense_layers) / budget
+    def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
+        sparse = [layer for layer in self.layers if layer not in dense_layers]
+        own = shares or dict.fromkeys(sparse, 1.0)
+        lost = sum(self.worth[layer] / (budget * own[layer]) for layer in sparse)
         return [lost * window for window in self.windows]
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
@@ -92,7 +94,7 @@ def test_the_layer_that_loses_most_stays_dense_where_that_pays_and_text_held_bac
     task = Task(QuestConfig(), 512, 4096, 2, [1.0, 1.1, 0.9, 1.0, 2.0, 2.1, 1.9, 2.0])
     found = calibrate(probe, task, lambda _: None)
     assert opened == [task.windows[:4], task.windows[4:]]
-    assert found["settings"] == {"dense_layers": [7]}
+    assert found["settings"] == {"dense_layers": [7], "layer_shares": {}}  # the others are alike: nothing to spread
     held_back = found["evidence"]["held_back"]
     budget = equal_bytes_budget(task.config, 512, 4096, 24, 1)
     assert held_back["chosen"] == {
@@ -101,6 +103,35 @@ def test_the_layer_that_loses_most_stays_dense_where_that_pays_and_text_held_bac
         "kl": pytest.approx({"mean": 23 / budget * 2, "low": 23 / budget * 2, "high": 23 / budget * 2}, rel=0.06),
     }
     assert held_back["no_dense_layer"]["kl_of_chosen_less_this"]["high"] < 0
+
+
+def test_pages_are_spread_by_loss_where_that_pays() -> None:
+    worth = {layer: float(1 + layer % 7) for layer in range(24)}
+
+    @contextlib.contextmanager
+    def probe(windows: Sequence[float]) -> Iterator[LayersThatMatter]:
+        yield LayersThatMatter(worth, windows)
+
+    found = calibrate(probe, Task(QuestConfig(), 512, 4096, 2, [1.0, 1.1, 0.9, 1.0] * 2), lambda _: None)
+    losses = {layer: value / 512 for layer, value in worth.items()}
+    assert found["settings"] == {"dense_layers": [], "layer_shares": shares_of(losses)}
+    assert QuestConfig(**found["settings"]).layer_shares == tuple(shares_of(losses).items())
+    last = found["evidence"]["candidates_at_equal_bytes"][-1]
+    assert (last["budget"], last["layer_shares"]) == (512, shares_of(losses))
+    held_back = found["evidence"]["held_back"]
+    assert held_back["chosen"]["layer_shares"] == shares_of(losses)
+    assert "layer_shares" not in held_back["no_dense_layer"]
+    assert held_back["no_dense_layer"]["kl_of_chosen_less_this"]["high"] < 0
+
+
+@given(st.dictionaries(st.integers(0, 200), st.floats(-0.01, 10), min_size=1, max_size=60))
+def test_shares_grow_with_losses_and_have_the_mean_1(losses: dict[int, float]) -> None:
+    shares = shares_of(losses)
+    assert shares.keys() == losses.keys()
+    assert sum(shares.values()) / len(shares) == pytest.approx(1, abs=0.001)
+    ordered = [shares[layer] for layer in sorted(losses, key=losses.__getitem__)]
+    assert ordered == sorted(ordered)
+    QuestConfig(layer_shares=tuple(shares.items()))
 
 
 def written(folder: Path, model: str, document: object) -> Path:
@@ -171,6 +202,15 @@ def test_bad_usage(arguments: list[str], message: str, model_path: Path, capsys:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("variable", "value"), [("QUEST_DENSE_LAYERS", "0,1"), ("QUEST_LAYER_SHARES", "0=1")])
+def test_an_answer_given_beforehand_is_refused(
+    variable: str, value: str, model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["calibrate", str(model_path)]) == 2
+    assert f"{variable}: expected unset, as calibration looks for it, got {value}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def engine(llm: Any) -> Iterator[Any]:
     """The shared engine, with the layers that it began with afterwards."""
@@ -191,6 +231,10 @@ def test_only_the_layers_that_are_named_select(engine: Any, codec: Codec, tmp_pa
     assert all(rounding <= value + 0.002 for value in alone.values())
     assert max(alone.values()) < everything
     assert np.mean(probe.kl([], 1024)) < 0.005  # covers the context
+    # all pages beyond the forced in two layers are nearly all pages of those: the others lose as with the forced alone
+    least, only = CONFIG.min_token_budget, {layer: float(layer in (3, 4)) for layer in range(30)}
+    assert np.mean(probe.kl([], 64, only)) == pytest.approx(np.mean(probe.kl([3, 4], least)), rel=0.2)
+    assert np.mean(probe.kl([], 64, dict.fromkeys(range(30), 2.0))) == pytest.approx(everything, rel=1e-6)
 
 
 @pytest.mark.engine
@@ -210,10 +254,15 @@ def test_the_command_line_writes_a_file_that_serving_takes(
     worst = max(evidence["kl_of_each_layer_sparse_alone"], key=evidence["kl_of_each_layer_sparse_alone"].get)
     assert evidence["policy"]["page_summary"] == "key_codes"  # what "auto" became
     candidates = evidence["candidates_at_equal_bytes"]
-    assert [len(row["dense_layers"]) for row in candidates] == [0, 1, 2]
+    assert [len(row["dense_layers"]) for row in candidates[:-1]] == [0, 1, 2]
+    assert sum(candidates[-1]["layer_shares"].values()) == pytest.approx(
+        30 - len(candidates[-1]["dense_layers"]), abs=0.1
+    )
     assert candidates[1]["dense_layers"] == [worst]
-    assert [row["budget"] for row in candidates] == [96, 80, 80]
+    assert [row["budget"] for row in candidates[:-1]] == [96, 80, 80]
     assert evidence["held_back"]["original"]["dense_layers"] == [0, 1]
     assert evidence["held_back"]["chosen"]["dense_layers"] == document["settings"]["dense_layers"]
-    assert load_config(model=str(model_path)).dense_layers == tuple(document["settings"]["dense_layers"])
+    served = load_config(model=str(model_path))
+    assert served.dense_layers == tuple(document["settings"]["dense_layers"])
+    assert dict(served.layer_shares) == document["settings"]["layer_shares"]
     assert "held-back text, equal bytes" in capsys.readouterr().out

@@ -184,6 +184,19 @@ def eager(model: Path, setting: Setting, prompts: list[str], budgets: list[int])
         return Eager(mixed, adapt(llm, prompts, budgets, setting))
 
 
+def run_spread(
+    model: Path, setting: Setting, prompts: list[str], budgets: list[int], **changed: Any
+) -> tuple[list[Run], float]:
+    """The mixed batch with budgets spread over the layers, and the pages that were counted."""
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    uneven = {"quest": {"layer_shares": {layer: 1 + layer % 4 for layer in range(layers)}}}
+    with engine(model, **engine_settings(setting, additional_config=uneven, **changed)) as llm:
+        before = samples("quest_pages_selected_total").get("", 0)
+        answers = run(llm, prompts, budgets, setting.tokens // 2)
+        time.sleep(3 * LAG)
+        return answers, samples("quest_pages_selected_total")[""] - before
+
+
 @dataclass
 class Speculated:
     """Runs of the plugin's engine with n-gram drafts, and the same without."""
@@ -244,6 +257,17 @@ def test_what_adaptive_rows_took_is_counted_to_the_last_step(
             assert 0 <= 16 * tally.pages - tally.tokens < 16 * tally.steps  # the newest page alone is partial
         rows = len(counted) * (setting.tokens // 2 - 1)
         assert adapted.reached[0] == rows * layers * config["num_key_value_heads"]
+
+
+def test_budgets_spread_over_layers_in_graphs_as_in_eager_steps(
+    model: Path, setting: Setting, prompts: list[str], budgets: list[int], graphed: Graphed, tie: float
+) -> None:
+    captured, pages = run_spread(model, setting, prompts, budgets, **graphs(setting, 8))
+    stepped, pages_stepped = run_spread(model, setting, prompts, budgets)
+    check_equal(captured, stepped, SPARSE * tie, "spread budgets, graphs against eager")
+    assert pages == pages_stepped > 0
+    different = [a.logprobs != b.logprobs for a, b in zip(captured, graphed.mixed, strict=True)]
+    assert any(different)  # or the shares reached no kernel
 
 
 def test_budgets_exchanged_between_rows_of_a_captured_graph(graphed: Graphed, tie: float) -> None:

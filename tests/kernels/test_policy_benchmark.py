@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
@@ -171,21 +169,33 @@ def test_the_reference_tells_calibration_what_each_layer_loses(
     assert alone == probe.kl([layer for layer in range(30) if layer != 20], 64)
     assert all(0 < one < whole for one, whole in zip(alone, every, strict=True))
     assert probe.kl([], 320) == pytest.approx([0.0] * 3, abs=1e-4)  # covers the context
-    # as many pages in every layer are the plain budget; all pages in all layers but one are that one alone
-    assert probe.kl_spread([4] * 30) == every
-    assert probe.kl_spread([4 if layer == 20 else 20 for layer in range(30)]) == pytest.approx(alone, abs=1e-4)
+    # alike, the plain budget; where all layers but one can read everything, that one alone with the forced pages
+    assert probe.kl([], 64, dict.fromkeys(range(30), 1.0)) == every
+    forced = probe.kl_alone(20, 48)
+    assert probe.kl([], 272, {layer: float(layer != 20) for layer in range(30)}) == pytest.approx(forced, abs=1e-4)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(0, 300), st.integers(1, 8))
-def test_a_spread_spends_exactly_the_total_and_more_where_more_is_lost(
-    losses: list[float], extra: int, least: int
+def test_layers_are_compared_with_what_is_served(
+    masked_model: hf_reference.ReferenceModel, tokens: list[int], tmp_path: Path
 ) -> None:
-    pages = calibrate_reference.spread(losses, least + extra, least)
-    assert sum(pages) == len(losses) * (least + extra) and min(pages) >= least
-    ordered = [count for _, count in sorted(zip(losses, pages, strict=True))]
-    assert all(b >= a - 1 for a, b in itertools.pairwise(ordered))  # but for the rest, a page at most
-    with pytest.raises(ValueError, match=f"pages: expected at least {least}, got {least - 1}"):
-        calibrate_reference.spread(losses, least - 1, least)
+    settings = tmp_path / "calibrated.yaml"
+    settings.write_text("settings: {dense_layers: [], layer_shares: {0: 3, 1: 0.5, 2: 1}}")
+    served, dense = measure_policies.layer_sweep(masked_model.ops, 16)
+    spread = replace(served, name="spread", layer_shares=measure_policies.shares_in(settings))
+    assert spread.run(128).layer_pages == (3 + 10, 3 + 2, 3 + 3)  # 3 x 5 beyond the forced, as 6 : 1 : 2
+    assert measure_policies.passes(spread, (128, 64)) == [(spread.run(b), (b,)) for b in (128, 64)]
+    every = replace(spread, layer_shares=tuple(dict.fromkeys(range(30), 1.0).items()))
+    texts = [policy_texts.Text("manual", "", tokens[:192], tokens[192:200])]
+    stream = iter([measure_policies.TextTask(masked_model, texts, 16, 2, False)])
+    (cells,) = measure_policies.measure([served, dense, every], stream, 16, (64, 96))
+    results = measure_policies.results_of(cells, [served, dense, every], masked_model.shape, 192)
+    measure_policies.add_minus_served(results)
+    by_name = {(one["policy"], one["budget"]): one for one in results}
+    assert "minus_served" not in by_name[served.name, 64]
+    assert by_name["spread", 64]["minus_served"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    kl = [by_name[name, 96]["kl"]["mean"] for name in (served.name, dense.name)]
+    assert kl[0] != kl[1]
+    assert by_name[dense.name, 96]["minus_served"]["kl"]["mean"] == pytest.approx(kl[1] - kl[0], abs=2e-5)
 
 
 def test_texts_without_as_many_rows_of_each_are_refused(
