@@ -143,7 +143,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         return SparseRows(
             tokens=torch.from_numpy(step.starts[chosen]),
             seq_lens=torch.from_numpy(step.seq_lens[chosen]),
-            page_budgets=torch.from_numpy(page_budgets[..., chosen]),
+            page_budgets=torch.from_numpy(np.ascontiguousarray(page_budgets[..., chosen])),
             block_table=common.block_table_tensor[torch.from_numpy(requests), :blocks].contiguous(),
             budgets=budgets,
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,

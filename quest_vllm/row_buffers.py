@@ -8,8 +8,8 @@ import torch
 
 
 def staged(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """``array`` where a transfer to ``device`` needs no wait. A fresh copy: the last one may still be being read."""
-    tensor = torch.from_numpy(array)
+    """``array``, contiguous, where a transfer to ``device`` needs no wait. A fresh copy: the last may still be read."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
