@@ -337,6 +337,9 @@ def test_layers_read_their_own_budgets_in_verify_steps_and_beside_chunks(table: 
     verify = builder.build(0, common_metadata([WIDTH] * 2, [700, 900], [5, 2])).sparse
     assert verify.served.tolist() == [True] * 4 + [False] * 4
     assert [verify.page_budgets_of(layer).tolist() for layer in LAYERS] == [[10] * 4 + [0] * 4, [22] * 4 + [0] * 4]
-    mixed = builder.build(0, common_metadata([1, 1, 7], [700, 600, 90], [5, 5, 2], prefilling=(2,))).sparse
-    assert [mixed.page_budgets_of(layer).tolist() for layer in LAYERS] == [[10, 10], [22, 22]]
-    assert all(mixed.page_budgets_of(layer).is_contiguous() for layer in LAYERS)  # as the kernels want them
+    for count in (1, 2):
+        lengths = [700, 600][:count]
+        common = common_metadata([*[1] * count, 7], [*lengths, 90], [*[5] * count, 2], prefilling=(count,))
+        own = [builder.build(0, common).sparse.page_budgets_of(layer) for layer in LAYERS]
+        assert [pages.tolist() for pages in own] == [[10] * count, [22] * count]
+        assert all(pages.stride() == (1,) for pages in own)  # as the kernels want them
