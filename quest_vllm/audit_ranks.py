@@ -177,16 +177,18 @@ def by_head(ranks: Sequence[RankSelections]) -> dict[str, list[str]]:
     return joined
 
 
-def disagreements(ranks: Sequence[RankSelections], num_kv_heads: int) -> list[str]:
+def disagreements(ranks: Sequence[RankSelections], num_kv_heads: int, alike: bool = True) -> list[str]:
     """What the ranks of one engine, of a model with ``num_kv_heads``, do not agree on; empty where all is well.
 
-    All see the same rows with the same budgets, in every sparse layer. Ranks that share a KV head, of which there are
+    All see the same rows with the same budgets: in every sparse layer, or with ``layer_shares`` (``alike`` False) each
+    layer in every rank. Ranks that share a KV head, of which there are
     fewer than ranks, store the same keys and summaries of it; each selects for its own query heads.
     """
     errors = []
-    rows = {digest for rank in ranks for digest in rank.rows.values()}
-    if len(rows) > 1:
-        errors.append(f"rows and page budgets: expected one hash in all ranks and layers, got {len(rows)}")
+    rows = {(None if alike else name, digest) for rank in ranks for name, digest in rank.rows.items()}
+    if len(rows) > len({name for name, _ in rows}):
+        where = "all ranks and layers" if alike else "all ranks of a layer"
+        errors.append(f"rows and page budgets: expected one hash in {where}, got {len({digest for _, digest in rows})}")
     for stage in sorted({rank.stage for rank in ranks}):
         peers = sorted((rank for rank in ranks if rank.stage == stage), key=lambda rank: rank.tensor_rank)
         for name in peers[0].heads:

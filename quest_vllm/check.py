@@ -16,6 +16,8 @@ from quest_vllm.byte_model import GPU_BANDWIDTHS, Estimate, ModelShape, estimate
 from quest_vllm.config import AUTO, IMPLEMENTATIONS, MAX_TOKEN_BUDGET, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
 from quest_vllm.exit_codes import DONE, SOME_FAILED, USAGE, help_text
+from quest_vllm.layer_budgets import misplaced_shares
+from quest_vllm.model_settings import find_settings
 
 DESCRIPTION = """\
 Print what this machine can do: kernels, page size, model runner, what is refused and why. With --context, also the
@@ -82,7 +84,9 @@ def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     try:
         compat.check_vllm_version()
-        config = load_config(None)
+        config = load_config(None, model=arguments.model)
+        if arguments.model and (path := find_settings(arguments.model)[0]):
+            report["calibrated"] = path
     except (QuestError, ValueError) as error:
         return _stopped(report, error)
     model = read_config(arguments.model) if arguments.model else None
@@ -94,7 +98,7 @@ def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     report["implementations"] = _implementations(device)
     report["configuration"] = dataclasses.asdict(config)
     report["features"] = [dataclasses.asdict(finding) for finding in _findings(device)]
-    shape = _add_model(report, arguments.model, model, device) if model is not None else None
+    shape = _add_model(report, arguments.model, model, device, config) if model is not None else None
     if arguments.context is not None:
         report["estimate"] = _estimate(arguments, config, shape, report["device"])
     return report
@@ -181,7 +185,8 @@ def _findings(device: str) -> list[Any]:
     return list(probe(device))
 
 
-def _add_model(report: dict[str, Any], model: str, config: Any, device: str) -> ModelShape:
+def _add_model(report: dict[str, Any], model: str, config: Any, device: str, chosen: QuestConfig) -> ModelShape:
+    """Say what ``model``, of the transformers configuration ``config``, asks for, and what speaks against it."""
     from quest_vllm.model_shape import attention_features, read_shape
     from quest_vllm.support import model_refusals
 
@@ -192,6 +197,10 @@ def _add_model(report: dict[str, Any], model: str, config: Any, device: str) -> 
         report["problems"].append(f"{model} cannot be served sparsely: {'; '.join(reasons)}")
     shape = read_shape(model, config)
     report["model"]["shape"] = dataclasses.asdict(shape)
+    windowed = {layer for layer, window in enumerate(shape.layer_windows) if window}
+    sparse = set(range(len(shape.layer_windows))) - windowed - set(chosen.dense_layers)
+    if wrong := misplaced_shares(chosen, sparse, windowed, len(shape.layer_windows)):
+        report["problems"].append(wrong)
     return shape
 
 
@@ -273,6 +282,7 @@ def _render_machine(report: dict[str, Any]) -> list[str]:
         *section("chosen", chosen),
         *section("implementations", report["implementations"]),
         *section("configuration in force", report["configuration"]),
+        *([f"calibrated for this model: {report['calibrated']}"] if "calibrated" in report else []),
         f"legal token budgets: 0 (dense), or {budgets['minimum']} to the model's max_model_len",
         *section("refused at start-up", refused),
     ]

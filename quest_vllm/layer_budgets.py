@@ -72,6 +72,23 @@ class LayerBudgets:
         return np.where(page_budgets >= num_pages, num_pages, spent)
 
 
+def misplaced_shares(config: QuestConfig, sparse: set[int], windowed: set[int], num_layers: int) -> str | None:
+    """What layer_shares get wrong, in words; None: they name every sparse layer, and no others.
+
+    ``sparse`` and ``windowed``: those layers of a model with ``num_layers``, or of a part of it. Layers in
+    ``dense_layers`` may be named: calibrated shares outlive an operator's choice of those.
+    """
+    shares = {layer for layer, _ in config.layer_shares}
+    for what, which in (
+        ("no share for the sparse layers", sparse - shares),
+        ("shares for layers with a sliding window", shares & windowed),
+        (f"shares for layers beyond the model's {num_layers}", {layer for layer in shares if layer >= num_layers}),
+    ):
+        if shares and which:
+            return f"layer_shares: expected one for each layer that selects pages, got {what} {sorted(which)}"
+    return None
+
+
 @functools.lru_cache(64)
 def layer_budgets(config: QuestConfig, layers: tuple[int, ...] | None = None) -> LayerBudgets | None:
     """What ``config`` asks for in ``layers`` (None: all that have a share); None where all have the plain budget."""

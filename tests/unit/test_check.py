@@ -146,6 +146,22 @@ def test_a_model_that_start_up_would_refuse(tmp_path: Path, config: dict[str, An
     assert reason in "; ".join(support.model_refusals("cpu", features))
 
 
+def test_what_was_calibrated_for_a_model_is_in_force_and_checked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: Path
+) -> None:
+    settings = tmp_path / f"{model_path.name}.yaml"
+    shares = {layer: 1 + layer % 2 for layer in range(30)}
+    settings.write_text(json.dumps({"settings": {"layer_shares": shares}}))
+    monkeypatch.setenv("QUEST_MODELS_DIR", str(tmp_path))
+    report = run_json(capsys, "--model", str(model_path), "--context", "8000", "--budget", "512")
+    assert report["calibrated"] == str(settings) and report["problems"] == []
+    assert report["configuration"]["layer_shares"] == [[layer, share] for layer, share in shares.items()]
+    assert report["estimate"]["speedup"]["attention"] == pytest.approx(8000 / (500 + 512), rel=0.001)
+    settings.write_text(json.dumps({"settings": {"layer_shares": {**shares, 30: 1}}}))
+    report = run_json(capsys, "--model", str(model_path), code=1)
+    assert "shares for layers beyond the model's 30 [30]" in report["problems"][0]
+
+
 def test_refused_model_is_exit_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = write_config(
         tmp_path, model_type="bloom", hidden_size=64, n_head=4, n_layer=2, vocab_size=100, architectures=["B"]

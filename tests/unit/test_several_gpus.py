@@ -38,6 +38,14 @@ def test_ranks_that_agree() -> None:
 def test_each_disagreement_is_named() -> None:
     assert "budgets" in disagreements([rank(0), rank(1, rows="other")], 2)[0]
     assert "budgets" in disagreements([rank(0), rank(0, stage=1, rows="other")], 2)[0]
+    # with layer_shares, layers may differ, ranks may not
+    own = [rank(number) for number in range(2)]
+    for one in own:
+        one.rows["another layer"] = "other"
+    assert "all ranks and layers, got 2" in disagreements(own, 2)[0]
+    assert disagreements(own, 2, alike=False) == []
+    own[1].rows["another layer"] = "a third"
+    assert "all ranks of a layer, got 3" in disagreements(own, 2, alike=False)[0]
     shared = disagreements([rank(0, stored="a"), rank(1, stored="b")], num_kv_heads=1)
     assert shared == ["layer 0: ranks 0 to 1 store different keys of one KV head"]
     four = [rank(number, stored="ab"[number // 2]) for number in range(4)]
