@@ -5,8 +5,8 @@ usage: bench_gpu_tp.py --gpus N [--layers 8] [--parts main,scaling,checks] [--qu
 main: a Llama-3.1-70B shape with dummy weights at tensor parallel N, 128K of context, batches 1, 4 and 16, budgets 2K
 and 4K, decode CUDA graphs. scaling: batches 1 and 4 at 1, 2, 4, ... < N GPUs. checks: check_tp.py.
 
-Every layer costs the same, so fewer layers than 80 are enough, and are in the result; the first two are dense
-(`dense_layers`), which weighs more among few. Each backend's engine runs alone, in a process group of its own. It
+Every layer costs the same, so fewer layers than 80 are enough, and are in the result; layers that --dense-layers keeps
+dense weigh more among few. Each backend's engine runs alone, in a process group of its own. It
 prefills as many prompts as the smallest batch has, each alone: the median so far is the time to first token. Then the
 batch decodes them from the prefix cache, each from its own pages, with every budget. The larger batches follow, with
 the prompts that they add. A case's time per output token is the median interval between the outputs of successive
@@ -404,7 +404,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", type=numbers)
     parser.add_argument("--context", type=int)
     parser.add_argument("--steps", type=int, help="decode steps that count, of each case")
-    parser.add_argument("--dense-layers", type=numbers, default=[0, 1], help="layers that never select; default 0,1")
+    parser.add_argument("--dense-layers", type=numbers, default=[], help="layers that never select; default none")
     parser.add_argument("--parts", default="main,scaling,checks", help="of main, scaling and checks")
     parser.add_argument("--check", default="", help="only checks whose name has this in it, such as real")
     parser.add_argument("--model", type=Path, help="also check a real model, whose heads the GPUs divide")
