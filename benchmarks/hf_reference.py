@@ -81,7 +81,7 @@ class Run:
     layer_pages: tuple[int, ...] | None = None
 
     def spread(self, shares: Mapping[int, float]) -> Run:
-        """The same with its budget spread over layers, see :mod:`quest_vllm.layer_budgets`."""
+        """The same with its budget spread over layers, see :mod:`quest_vllm.layer_shares`."""
         budgets = LayerBudgets(shares, self.sink_pages + self.recent_pages)
         own = dict(zip(budgets.layers, budgets.pages(self.token_budget // self.page_size).tolist(), strict=True))
         return replace(self, layer_pages=tuple(own.get(layer, 0) for layer in range(1 + max(own))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quest_vllm.config import QuestConfig
-from quest_vllm.layer_budgets import layer_budgets
+from quest_vllm.layer_shares import mean_pages
 
 GPU_BANDWIDTHS = {
     "A100-40GB": 1555.0,
@@ -90,8 +90,7 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
         return Traffic(context, context)
     missing = num_pages * config.page_size - context  # of the newest page, which is always selected
     selections = group_size if config.group_reduction == "per_query_head" else 1
-    budgets = layer_budgets(config)
-    pages = page_budget if budgets is None else float(budgets.pages(page_budget).clip(max=num_pages).mean())
+    pages = mean_pages(config, page_budget, num_pages)
     return Traffic(context, num_pages + round(selections * (pages * config.page_size - missing)))
 
 

@@ -16,7 +16,7 @@ from quest_vllm.byte_model import GPU_BANDWIDTHS, Estimate, ModelShape, estimate
 from quest_vllm.config import AUTO, IMPLEMENTATIONS, MAX_TOKEN_BUDGET, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
 from quest_vllm.exit_codes import DONE, SOME_FAILED, USAGE, help_text
-from quest_vllm.layer_budgets import misplaced_shares
+from quest_vllm.layer_shares import misplaced_shares
 from quest_vllm.model_settings import find_settings
 
 DESCRIPTION = """\

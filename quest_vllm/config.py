@@ -38,7 +38,7 @@ class QuestConfig:
     """Server defaults. Raises :class:`QuestConfigError` for a value of the wrong type or out of range.
 
     ``token_budget`` counts sink, recent and current pages; 0 means dense. ``layer_shares`` are pairs of a layer's index
-    and its share, see :mod:`quest_vllm.layer_budgets`. ``top_p`` below 1 adapts the budget, see
+    and its share, see :mod:`quest_vllm.layer_shares`. ``top_p`` below 1 adapts the budget, see
     :func:`quest_vllm.ops.reference.select_pages`. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
     at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means

@@ -8,7 +8,7 @@ from typing import Any
 from quest_vllm import compat
 from quest_vllm.accounting import record_memory
 from quest_vllm.config import QuestConfig, why_no_codes
-from quest_vllm.layer_budgets import misplaced_shares
+from quest_vllm.layer_shares import misplaced_shares
 from quest_vllm.plugin import CPU_WORKER
 from quest_vllm.runtime import activate, active_config
 

@@ -55,7 +55,7 @@ class LayerKl(Protocol):
     def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
         """KL to dense of each window with ``dense_layers`` dense and all others at ``budget`` tokens.
 
-        ``shares`` of the others spread that over them, see :mod:`quest_vllm.layer_budgets`; None: alike.
+        ``shares`` of the others spread that over them, see :mod:`quest_vllm.layer_shares`; None: alike.
         """
         ...
 

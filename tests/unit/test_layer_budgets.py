@@ -16,7 +16,8 @@ from quest_vllm.byte_model import read_vectors
 from quest_vllm.compat import UnsupportedVllm
 from quest_vllm.config import QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError
-from quest_vllm.layer_budgets import LayerBudgets, layer_budgets, spread
+from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
+from quest_vllm.layer_shares import spread
 from quest_vllm.layers import refuse_layer_shares, sparse_layers
 from quest_vllm.metadata import classify_rows
 from quest_vllm.server.usage import count_usage
