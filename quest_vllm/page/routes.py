@@ -109,6 +109,7 @@ def describe(vllm_config: Any, config: QuestConfig) -> dict[str, Any]:
         "page_size": config.page_size,
         "layers": model.get_total_num_hidden_layers(),
         "dense_layers": list(config.dense_layers),
+        "by_layer": bool(config.layer_shares),
         "kv_heads": model.get_total_num_kv_heads(),
         "select_heads": "query" if config.group_reduction == "per_query_head" else "KV",
         "vector_bytes": 2 * model.get_head_size() * model.dtype.itemsize,

@@ -51,7 +51,8 @@ def test_info_is_the_models(deployed: Server) -> None:
     info = get(deployed, "/v1/quest/info")
     assert info == {
         "default_budget": 2048, "min_budget": 48, "max_model_len": 8192, "page_size": 16, "layers": LAYERS,
-        "dense_layers": [], "kv_heads": HEADS, "select_heads": "KV", "vector_bytes": 2 * 64 * ELEMENT, "map": True,
+        "dense_layers": [], "by_layer": False, "kv_heads": HEADS, "select_heads": "KV", "map": True,
+        "vector_bytes": 2 * 64 * ELEMENT,
     }  # fmt: skip
 
 

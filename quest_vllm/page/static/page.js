@@ -186,7 +186,8 @@ function caption(run, layers, pages, length) {
   const touched = new Set();
   for (const { share } of layers.values()) share.forEach((value, cell) => value && touched.add(cell));
   const cells = layers.values().next().value.share.length;
-  return `${budget} of ${pages} pages in each ${page.info.select_heads} head; ${Math.round((100 * touched.size) / cells)}% of the context is`
+  const mean = page.info.by_layer ? "On average " : "";
+  return `${mean}${budget} of ${pages} pages in each ${page.info.select_heads} head; ${Math.round((100 * touched.size) / cells)}% of the context is`
     + ` read by some layer ${chosenLength(run) === null ? "in some step" : `at ${length} tokens`}. ${where}`;
 }
 
