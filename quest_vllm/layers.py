@@ -127,6 +127,12 @@ def refuse_layer_shares(vllm_config: Any, config: QuestConfig, sparse: set[int],
     """Raise :class:`~quest_vllm.compat.UnsupportedVllm` for shares that are not of this rank's layers."""
     if not config.layer_shares:
         return
+    method = getattr(vllm_config.speculative_config, "method", None)
+    if method not in (None, "ngram", "ngram_gpu", "suffix"):
+        raise compat.UnsupportedVllm(
+            "layer_shares: expected no draft model beside them, whose layers have no shares, got speculation by "
+            f"{method}; set layer_shares to {{}}, or speculate by ngram or suffix"
+        )
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     if wrong := misplaced_shares(config, sparse, windowed, num_layers):
         raise compat.UnsupportedVllm(f"{wrong}; run quest-vllm calibrate for this model, or set layer_shares to {{}}")

@@ -112,8 +112,11 @@ def test_bad_shares_in_the_environment(text: str) -> None:
         load_config(None, {"QUEST_LAYER_SHARES": text})
 
 
-def shape(layers: int) -> Any:
-    return SimpleNamespace(model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: layers))
+def shape(layers: int, method: str | None = None) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: layers),
+        speculative_config=None if method is None else SimpleNamespace(method=method),
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,15 @@ def test_shares_of_another_model_stop_the_start_up(
 ) -> None:
     with pytest.raises(UnsupportedVllm, match=message):
         refuse_layer_shares(shape(layers), CONFIG, sparse, windowed)
+
+
+def test_a_draft_models_layers_have_no_shares() -> None:
+    with pytest.raises(
+        UnsupportedVllm, match="no draft model beside them.*got speculation by eagle3.*set layer_shares"
+    ):
+        refuse_layer_shares(shape(5, "eagle3"), CONFIG, {0, 1, 2, 4}, {3})
+    refuse_layer_shares(shape(5, "eagle3"), QuestConfig(), {0, 1, 2, 4}, {3})
+    refuse_layer_shares(shape(5, "ngram"), CONFIG, {0, 1, 2, 4}, {3})
 
 
 def test_shares_of_this_model_are_accepted_by_any_rank() -> None:
