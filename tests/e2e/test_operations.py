@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quest_vllm.cli import main
+from quest_vllm.config import QuestConfig
+from quest_vllm.layer_budgets import layer_budgets
 from tests.conftest import ROOT
 from tests.e2e.collector import Collector, collector
 from tests.e2e.conftest import MODEL_NAME, Server, run_server
@@ -33,6 +36,9 @@ FLAGS = (
     "--quest-audit 5 --quest-alias fast=128 --worker-extension-cls soak_worker.Auditor"
 )
 
+LAYERS, KV_HEADS = 30, 3
+SHARES = {layer: 0.5 + layer % 4 for layer in range(LAYERS)}
+
 
 @pytest.fixture(scope="module")
 def traces() -> Iterator[Collector]:
@@ -42,7 +48,7 @@ def traces() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def server(model_path: Path, traces: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """In float32, with traces, and a KV cache so small that load preempts."""
+    """In float32, with traces, budgets spread over the layers, and a KV cache so small that load preempts."""
     command = [sys.executable, "-m", "quest_vllm.cli", "serve", str(model_path), *FLAGS.split()]
     command += ["--otlp-traces-endpoint", traces.url]
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +56,7 @@ def server(model_path: Path, traces: Collector, tmp_path_factory: pytest.TempPat
         patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("QUEST_LAYER_SHARES", ",".join(f"{layer}={share}" for layer, share in SHARES.items()))
         with run_server(command, tmp_path_factory.mktemp("operations") / "log") as running:
             yield running
             assert running.stop() == 0, "SIGTERM ends it cleanly"
@@ -76,6 +83,24 @@ def test_the_span_of_a_request_says_what_its_reply_says(server: Server, traces: 
     assert {key: span[f"quest.{key}"] for key in said} == said
     assert "sink_pages=1" in span["quest.policy"]
     assert span["gen_ai.usage.completion_tokens"] == 9
+
+
+def test_replies_and_metrics_say_what_the_layers_read(server: Server) -> None:
+    before = server.metrics()
+    answer = server.client().completions.create(
+        model=MODEL_NAME,
+        prompt=list(range(1000, 1300)),
+        max_tokens=6,
+        extra_body={"sparse_attention": {"token_budget": 256}, "ignore_eos": True},
+    )
+    budgets = layer_budgets(QuestConfig(layer_shares=tuple(SHARES.items())))
+    assert budgets is not None
+    steps = np.arange(301, 306, dtype=np.int32)
+    pages = budgets.rows(np.full(5, 16, np.int32), -(-steps // 16))
+    assert pages.min() < 16 < pages.max() == 20  # some layers read less than the budget, some the whole context
+    counted = server.metrics()["quest_pages_selected_total"] - before["quest_pages_selected_total"]
+    assert counted == KV_HEADS * pages.sum()
+    assert answer.usage.sparse_attention["pages_selected"] == round(pages.sum() / LAYERS)
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "alias", "header", "several"])
