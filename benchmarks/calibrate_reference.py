@@ -41,16 +41,14 @@ class ReferenceProbe:
 
     def kl(self, dense_layers: Sequence[int], budget: int, shares: Shares | None = None) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
-        run = self.candidate.run(budget)
+        run: Run = self.candidate.run(budget)
         run = run if shares is None else run.spread(shares)
-        return self._kl(replace(run, dense_layers=tuple(dense_layers)), budget)
+        run = replace(run, dense_layers=tuple(dense_layers))
+        return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
 
     def kl_alone(self, layer: int, budget: int) -> list[float]:
         """See :class:`quest_vllm.eval.calibrate.LayerKl`."""
         return self.kl([other for other in self.layers if other != layer], budget)
-
-    def _kl(self, run: Run, budget: int) -> list[float]:
-        return [value for task in self._tasks for value in task.measure(run, (budget,))[0]["kl"]]
 
 
 @contextlib.contextmanager

@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hf_reference import Prefix, ReferenceModel, Run
 from policy_texts import Question, Text, needles, places, texts
 from provenance import commit, save
 
 from quest_vllm.config import QuestConfig
 from quest_vllm.eval.calibrate import ORIGINAL
+from quest_vllm.model_settings import read_settings
 from quest_vllm.ops.api import Ops
 from quest_vllm.policies import (
     BoundPolicy,
@@ -57,7 +57,6 @@ from quest_vllm.policies import (
 CONTEXT, ROWS, KEYS = 4096, 64, 8
 BUDGETS = (128, 256, 512)
 SWEEP_BUDGETS = {"top_p": (1024,), "top_p_codes": (1024,), "top_p_oracle": (1024,), "long": (2048,)}
-FIRST_TWO_DENSE = "first two layers dense"
 METRICS = ("kl", "text_nll", "needle_nll", "needle_hits")
 SAVE_EVERY = 20.0  # seconds
 
@@ -281,12 +280,12 @@ def long_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 def layer_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """What is served, and with the original's two dense layers, whose bytes come on top of the budget."""
     served = codes(ops, "mass", page_size)
-    return [served, replace(served, name=FIRST_TWO_DENSE, dense_layers=ORIGINAL)]
+    return [served, replace(served, name="first two layers dense", dense_layers=ORIGINAL)]
 
 
 def shares_in(path: Path) -> tuple[tuple[int, float], ...]:
     """The layer_shares of a calibration, YAML or this project's JSON."""
-    return QuestConfig(**yaml.safe_load(path.read_text())["settings"]).layer_shares
+    return QuestConfig(**read_settings(path)).layer_shares
 
 
 SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {

@@ -37,6 +37,10 @@ class LayerGroup:
         """Bytes of one token's K and V in one KV head."""
         return 2 * self.head_dim * self.element_size
 
+    def page_budgets(self, rows: RowClasses) -> IntArray:
+        """``[num_rows]`` where all layers have the rows' own page budgets; by layer: ``[num_layers, num_rows]``."""
+        return self.budgets.rows(rows.page_budgets, rows.num_pages) if self.budgets else rows.page_budgets
+
 
 def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budgets: IntArray) -> None:
     """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank.
@@ -51,8 +55,8 @@ def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budge
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
     layers = group.num_sparse_layers
-    layer_pages = group.budgets.rows(rows.page_budgets, rows.num_pages) if group.budgets else None
-    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests, layer_pages, layers)
+    layer_pages = np.broadcast_to(group.page_budgets(rows), (layers, len(rows.page_budgets)))
+    traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests, layer_pages)
     if group.counts_rows and traffic.tokens_available:
         metrics.tokens(traffic.tokens_attended / layers, traffic.tokens_available / layers)
     byte_scale = group.num_kv_heads * group.vector_bytes

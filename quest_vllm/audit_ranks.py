@@ -181,8 +181,8 @@ def disagreements(ranks: Sequence[RankSelections], num_kv_heads: int, alike: boo
     """What the ranks of one engine, of a model with ``num_kv_heads``, do not agree on; empty where all is well.
 
     All see the same rows with the same budgets: in every sparse layer, or with ``layer_shares`` (``alike`` False) each
-    layer in every rank. Ranks that share a KV head, of which there are
-    fewer than ranks, store the same keys and summaries of it; each selects for its own query heads.
+    layer in every rank. Ranks that share a KV head, of which there are fewer than ranks, store the same keys and
+    summaries of it; each selects for its own query heads.
     """
     errors = []
     rows = {(None if alike else name, digest) for rank in ranks for name, digest in rank.rows.items()}

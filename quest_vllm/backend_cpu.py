@@ -59,6 +59,7 @@ class SparseRows:
     seq_lens: torch.Tensor  # [num_sparse] int32
     page_budgets: torch.Tensor  # [num_sparse] int32; by layer: [num_layers, num_sparse]
     block_table: torch.Tensor  # [num_sparse, max_blocks of these rows] int32
+    max_page_budget: int
     budgets: LayerBudgets | None = None
     traced: TracedRows | None = None
     top_p: torch.Tensor | None = None  # [num_sparse] float32; None: 1 in every row
@@ -135,17 +136,17 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         chosen = np.flatnonzero(rows.sparse)
         requests = step.requests[chosen]
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
-        budgets = self.group.budgets
-        page_budgets = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else rows.page_budgets
+        page_budgets = self.group.page_budgets(rows).take(chosen, axis=-1)
         traces = get_trace_table().rows(common.num_reqs, common.req_idx)[requests] if self.config.page else None
         tallies = get_tally_table().rows(common.num_reqs, common.req_idx)[step.requests]
         adaptive = adaptive_rows(self.group, rows, step.seq_lens, tallies)
         return SparseRows(
             tokens=torch.from_numpy(step.starts[chosen]),
             seq_lens=torch.from_numpy(step.seq_lens[chosen]),
-            page_budgets=torch.from_numpy(np.ascontiguousarray(page_budgets[..., chosen])),
+            page_budgets=torch.from_numpy(page_budgets),
             block_table=common.block_table_tensor[torch.from_numpy(requests), :blocks].contiguous(),
-            budgets=budgets,
+            max_page_budget=int(page_budgets.max()),
+            budgets=self.group.budgets,
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
             top_p=torch.from_numpy(top_ps[chosen]) if adaptive is not None else None,
             adaptive=adaptive,
@@ -244,7 +245,6 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
     def _attend_sparse(self, layer: Any, query: torch.Tensor, views: PageViews, rows: SparseRows) -> torch.Tensor:
         ops, config, metrics = self._layer_ops(layer), self.config, get_worker_metrics()
         index = compat.layer_index(layer.layer_name)
-        page_budgets = rows.page_budgets_of(index)
         start = time.perf_counter()
         scores = ops.score_pages(
             query,
@@ -261,11 +261,11 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         selected = ops.select_pages(
             scores,
             rows.seq_lens,
-            page_budgets,
+            rows.page_budgets_of(index),
             page_size=config.page_size,
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
-            max_page_budget=int(page_budgets.max()),
+            max_page_budget=rows.max_page_budget,
             top_p=rows.top_p,
             mass_scale=mass_scale_of(config.group_reduction, self.scale, config.page_summary),
         )

@@ -32,7 +32,7 @@ from quest_vllm.layers import (
     sparse_layers,
     start_up,
 )
-from quest_vllm.metadata import FloatArray, IntArray, RowClasses, classify_rows
+from quest_vllm.metadata import FloatArray, RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
 from quest_vllm.reached import ReachedCounts
@@ -250,18 +250,13 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             adaptive = adaptive_rows(self.group, step.classes, step.rows.seq_lens, tallies)
         self.reached.expect(adaptive, places[step.classes.adaptive])
 
-    def _page_budgets(self, classes: RowClasses) -> IntArray:
-        """``[num_rows]``; by layer: ``[num_layers, num_rows]``."""
-        budgets = self.group.budgets
-        return budgets.rows(classes.page_budgets, classes.num_pages) if budgets else classes.page_budgets
-
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return staged(array, self.device).to(self.device, non_blocking=True)
 
     def _whole_step(self, common: Any, step: SortedStep | None) -> SparseRows:
         num_reqs = common.num_reqs
         if step is not None:
-            budgets = self._page_budgets(step.classes)
+            budgets = self.group.page_budgets(step.classes)
             host = np.full((*budgets.shape[:-1], num_reqs), ALL_PAGES, dtype=np.int32)
             sparse, adaptive = step.classes.sparse, step.classes.adaptive
             host[..., step.rows.requests[sparse]] = budgets[..., sparse]
@@ -283,7 +278,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
     def _verify_step(self, common: Any, step: SortedStep | None, buffers: VerifyBuffers, width: int) -> SparseRows:
         count = common.num_actual_tokens
         if step is not None:
-            budgets = self._page_budgets(step.classes)
+            budgets = self.group.page_budgets(step.classes)
             host = np.zeros((*budgets.shape[:-1], count), dtype=np.int32)
             shares = np.ones(count, dtype=np.float32)
             served, adaptive = step.rows.served(step.classes.sparse), step.classes.adaptive
@@ -312,7 +307,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         return SparseRows(
             tokens=self._to_device(step.rows.starts[chosen]),
             seq_lens=common.seq_lens[index] - self._to_device(step.rows.lags[chosen]),
-            page_budgets=self._to_device(self._page_budgets(step.classes)[..., chosen]),
+            page_budgets=self._to_device(self.group.page_budgets(step.classes).compress(chosen, axis=-1)),
             top_ps=self._to_device(np.where(adaptive, step.top_ps, 1)[chosen].astype(np.float32)),
             block_table=common.block_table_tensor[index],
             reached=self.reached,

@@ -49,11 +49,13 @@ def misplaced_shares(config: QuestConfig, sparse: set[int], windowed: set[int], 
     ``dense_layers`` may be named: calibrated shares outlive an operator's choice of those.
     """
     shares = {layer for layer, _ in config.layer_shares}
+    if not shares:
+        return None
     for what, which in (
         ("no share for the sparse layers", sparse - shares),
         ("shares for layers with a sliding window", shares & windowed),
         (f"shares for layers beyond the model's {num_layers}", {layer for layer in shares if layer >= num_layers}),
     ):
-        if shares and which:
+        if which:
             return f"layer_shares: expected one for each layer that selects pages, got {what} {sorted(which)}"
     return None

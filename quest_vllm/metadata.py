@@ -107,19 +107,16 @@ def measure_traffic(
     page_size: int,
     requests: npt.NDArray[np.intp] | None = None,
     layer_pages: IntArray | None = None,
-    num_layers: int = 1,
 ) -> StepTraffic:
     """Count what the step's decode rows read: DESIGN's byte model, exact to the last partial page.
 
     ``requests`` ``[num_rows]``, ascending: each row's request; None: every row has its own. ``layer_pages``
-    ``[num_layers, num_rows]``: page budgets of each layer, up to ``num_pages``; None: the rows' own in ``num_layers``.
+    ``[num_layers, num_rows]``: page budgets of each layer, up to ``num_pages``; None: the rows' own, in one layer.
     """
     sparse = rows.sparse & ~rows.adaptive
     dense = rows.dense_reasons["budget_covers_context"] | rows.dense_reasons["no_budget"]
-    if layer_pages is None:
-        selected = num_layers * int(rows.page_budgets[sparse].sum(dtype=np.int64))
-    else:
-        num_layers, selected = len(layer_pages), int(layer_pages[:, sparse].sum(dtype=np.int64))
+    layer_pages = rows.page_budgets[None] if layer_pages is None else layer_pages
+    num_layers, selected = len(layer_pages), int(layer_pages[:, sparse].sum(dtype=np.int64))
     available = num_layers * int(rows.num_pages[sparse].sum(dtype=np.int64))
     lengths = num_layers * int(seq_lens[sparse].sum(dtype=np.int64))
     # the newest page is always selected, and it alone may be partial

@@ -45,11 +45,12 @@ def find_settings(model: str, environ: Mapping[str, str] | None = None) -> tuple
     for folder in search_dirs(environ):
         path = folder / file_name(model)
         if path.is_file():
-            return str(path), _settings(path)
+            return str(path), read_settings(path)
     return "", {}
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """The ``settings`` in a file that ``quest-vllm calibrate`` wrote, YAML or JSON; raises as :func:`find_settings`."""
     import yaml
 
     try:

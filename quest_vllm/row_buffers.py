@@ -8,11 +8,8 @@ import torch
 
 
 def staged(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` where a transfer to ``device`` needs no wait; fresh, as the last one may still be being read.
-
-    Its last dimension has stride 1, of one element too: NumPy calls any stride contiguous there, kernels do not.
-    """
-    tensor = torch.from_numpy(np.array(array, order="C"))
+    """``array`` where a transfer to ``device`` needs no wait. A fresh copy: the last one may still be being read."""
+    tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -35,4 +32,4 @@ class RowBuffer:
         held = self._held[..., : values.shape[-1]]
         if not np.array_equal(values, held):  # most steps change nothing
             held[...] = values
-            self.tensor.copy_(staged(self._held, self.tensor.device), non_blocking=True)
+            self.tensor[..., : held.shape[-1]].copy_(staged(held.copy(), self.tensor.device), non_blocking=True)

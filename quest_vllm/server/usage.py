@@ -64,9 +64,9 @@ def count_usage(
         np.full(steps, top_p, np.float32),
     )
     budgets = layer_budgets(config)
-    layer_pages = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else None
-    layers = len(budgets.layers) if budgets else 1
-    traffic = measure_traffic(rows, seq_lens, config.page_size, None, layer_pages, layers)
+    layer_pages = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else rows.page_budgets[None]
+    layers = len(layer_pages)
+    traffic = measure_traffic(rows, seq_lens, config.page_size, layer_pages=layer_pages)
     attended = (traffic.vectors_read - traffic.pages_available) / layers  # a summary is one vector a page
     pages = traffic.pages_selected / layers
     adaptive = int(rows.adaptive.sum())
