@@ -16,12 +16,13 @@ class BoxEstimate {
   static constexpr bool kScaled = false;     // values are dot products
   static constexpr bool kKeepsQuery = true;  // in its registers
 
-  __device__ __forceinline__ BoxEstimate(const DecodeParams& p, const Row&, const Query& query) : p_(p), query_(query) {}
+  __device__ __forceinline__ BoxEstimate(const DecodeParams& p, const Row&, const Query& query, uint4*)
+      : p_(p), query_(query) {}
 
-  // The `index`-th 16 bytes of a page: where they lie in memory, in elements, and where in the warp's window. k_min of
+  // The `index`-th 16 bytes of a page: where they lie in memory, in bytes, and where in the warp's window. k_min of
   // the page goes to rows 0-7, k_max to rows 8-15.
   __device__ __forceinline__ int64_t source(int index) const {
-    return index / Staging<D>::kChunks * p_.summary_bound_stride + index % Staging<D>::kChunks * 8;
+    return index / Staging<D>::kChunks * p_.summary_bound_stride * 2 + index % Staging<D>::kChunks * 16;
   }
   __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int index) {
     return staging.template place<KeyLayout>(half, index / Staging<D>::kChunks * 8 + page, index % Staging<D>::kChunks);

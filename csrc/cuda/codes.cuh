@@ -26,7 +26,10 @@ class CodeEstimate {
   static constexpr bool kScaled = true;       // values are natural logarithms of a mass
   static constexpr bool kKeepsQuery = false;  // its registers are better used
 
-  __device__ __forceinline__ CodeEstimate(const DecodeParams& p, const Row& row, const Query& query) : p_(p), row_(row) {
+  // `operands`: room in shared memory, kQueryOperands of them, for what all warps multiply by. The caller's barrier.
+  __device__ __forceinline__ CodeEstimate(const DecodeParams& p, const Row& row, const Query& query, uint4* operands)
+      : p_(p), operands_(operands) {
+    if (warp_id() == 0) leave_operands(query, operands);
     const float largest = load(query);
     // 2^shift times the largest channel is between 2^5 and 2^6, and 448 times that still a float16
     const int shift = 5 - max(-90, min(90, static_cast<int>(__float_as_uint(largest) >> 23) - 127));
@@ -45,28 +48,24 @@ class CodeEstimate {
     }
   }
 
-  __device__ __forceinline__ static int64_t source(int index) { return index * 8; }
+  __device__ __forceinline__ static int64_t source(int index) { return index * 16; }
   __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int index) {
     return index * 16 < kCodes ? at(staging, half, page, index * 16) : page_of(staging, half, page) + index * 16;
   }
 
   // values[0]: of head n for pages 2t and 2t + 1 of the eight in `half`, the CTA's pages from `first` on.
   __device__ __forceinline__ void evaluate(const Staging<D>& staging, int half, int first, float (&values)[1][2]) const {
-    float own[2] = {};
-#pragma unroll 1
-    for (int page = 0; page < 8; page += kBatch * kPages) {
-      float mass[kBatch][2];
-      masses<false>(staging, half, page, mass);
-      keep(page, mass, own);
-    }
-    if (first <= last_ && last_ < first + 8 && last_tokens_ < kTokens) {  // at most once a row
-      const int page = (last_ - first) / (kBatch * kPages) * (kBatch * kPages);
-      float mass[kBatch][2];
-      masses<true>(staging, half, page, mass, last_ - first - page);
-      keep(page, mass, own);
-    }
     float shared[4] = {};
     share(staging, half, shared);
+    const int partial = last_tokens_ < kTokens ? last_ - first : -1;
+    float own[2] = {};
+#pragma unroll 1
+    for (int page = 0; page < 8; page += kTogether) {
+      float logit[kProducts][2][2];  // of a head, tokens 2n and 2n + 1
+      logits(staging, half, page, logit);
+      if (partial >= page && partial < page + kTogether) mask(logit, partial - page);  // at most once a row
+      keep_masses(logit, page, own);
+    }
 #pragma unroll
     for (int c = 0; c < 2; ++c) values[0][c] = kept(own, c) * kLn2 + shared[c] * p_.scale;
   }
@@ -74,7 +73,8 @@ class CodeEstimate {
  private:
   static constexpr int kTokens = 16;
   static constexpr int kPages = kPaired ? 2 : 1;  // that share a product's columns
-  static constexpr int kBatch = 2;                // products whose masses are summed together
+  static constexpr int kProducts = 4;             // whose masses are summed side by side
+  static constexpr int kTogether = kProducts * kPages;
   static constexpr int kRuns = D / 64;            // of eight pairs a lane: 32 r + 8 t .. + 7
   static constexpr int kPairs = kRuns * 4;        // words of two pairs a lane
   static constexpr int kStep = D, kRest = D * 3 / 2, kCodes = 2 * D;  // bytes into a page
@@ -83,19 +83,6 @@ class CodeEstimate {
   __device__ __forceinline__ static int column_page() { return kPaired ? lane_id() / 16 : 0; }
   __device__ __forceinline__ static int summed_page() { return kPaired ? lane_id() % 4 / 2 : 0; }
 
-  // All lanes of equal t know the masses of two heads. Of eight pages, lane (n, t) keeps those of its summed_page() in
-  // the n % 4-th pair, of the first head for n below 4; or, where columns are not paired, both heads' of the n-th page.
-  __device__ __forceinline__ static void keep(int page, const float (&mass)[kBatch][2], float (&own)[2]) {
-    const int n = lane_id() / 4;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (kPaired) {
-        if (page / 2 + i == n % 4) own[0] = n < 4 ? mass[i][0] : mass[i][1];
-      } else if (page + i == n) {
-        own[0] = mass[i][0], own[1] = mass[i][1];
-      }
-    }
-  }
   // What was kept of head n and page 2t + c.
   __device__ __forceinline__ static float kept(const float (&own)[2], int c) {
     const int n = lane_id() / 4, t = lane_id() % 4;
@@ -107,6 +94,18 @@ class CodeEstimate {
 
   __device__ __forceinline__ static float power_of_two(int exponent) {
     return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+  }
+
+  // Operand A of `share`, as its lanes take it: the heads are rows 0-7.
+  __device__ __forceinline__ static void leave_operands(const Query& query, uint4* operands) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const uint4 first = channels<0>(query, run), second = channels<1>(query, run);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        operands[(4 * run + i) * 32 + lane_id()] = make_uint4((&first.x)[i], 0, (&second.x)[i], 0);
+      }
+    }
   }
 
   // Both channels of this lane's pairs, as they are; returns the heads' largest magnitude.
@@ -159,8 +158,9 @@ class CodeEstimate {
   }
   // Bytes before the codes. Chunks of 16 are permuted so that neither eight lanes' chunks nor sixteen lanes' halves of
   // one, of as many pages, meet in a bank.
+  __device__ __forceinline__ static int permuted(int page, int byte) { return byte ^ ((page & 1) << 6 | (page & 2) << 4); }
   __device__ __forceinline__ static char* at(const Staging<D>& staging, int half, int page, int byte) {
-    return page_of(staging, half, page) + (byte ^ ((page & 1) << 6 | (page & 2) << 4));
+    return page_of(staging, half, page) + permuted(page, byte);
   }
 
   // Two of float8_e4m3 to float16, exactly.
@@ -190,95 +190,141 @@ class CodeEstimate {
     return *reinterpret_cast<const uint32_t*>(&product);
   }
 
-  // mass[i][c]: log2 of the sum, over the tokens of page `page` + i kPages + summed_page(), of 2^(what each adds to what
-  // all share), for two heads: 2 t + c, t counting from 0 again in the second page of a pair. Where kMasked, the
-  // `partial`-th page from `page` on has last_tokens_ tokens alone.
-  template <bool kMasked>
-  __device__ __forceinline__ void masses(const Staging<D>& staging, int half, int page, float (&mass)[kBatch][2],
-                                         int partial = -1) const {
-    float logit[kBatch][2][2];  // of a head, tokens 2n and 2n + 1
-    logits(staging, half, page, logit);
-    float top[kBatch][2];
+  // Takes the tokens out that the `partial`-th of these pages lacks.
+  __device__ __forceinline__ void mask(float (&logit)[kProducts][2][2], int partial) const {
+    const int token = lane_id() / 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (kMasked && i * kPages + summed_page() == partial) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            if (2 * static_cast<int>(lane_id() / 4) + k >= last_tokens_) logit[i][c][k] = -INFINITY;
-          }
-        }
-        top[i][c] = fmaxf(logit[i][c][0], logit[i][c][1]);
-      }
+    for (int i = 0; i < 2 * kProducts; ++i) {
+      const int tokens = i / 2 * kPages + summed_page() == partial ? last_tokens_ : kTokens;
+      float(&two)[2] = logit[i / 2][i % 2];
+      two[0] = token < tokens ? two[0] : -INFINITY;
+      two[1] = token + 1 < tokens ? two[1] : -INFINITY;
     }
+  }
+
+  // A page's mass is log2 of the sum, over its tokens, of 2^(what each adds to what all share). All lanes of equal t sum
+  // those of pages `page` + i kPages + summed_page(), for two heads: 2 t + c, t counting from 0 again in the second page of
+  // a pair. Of eight pages, lane (n, t) keeps those of its summed_page() in the n % 4-th pair, of the first head for n
+  // below 4; or, where columns are not paired, both heads' of the n-th page.
+  __device__ __forceinline__ void keep_masses(const float (&logit)[kProducts][2][2], int page, float (&own)[2]) const {
+    float peak[kProducts][2], mass[kProducts][2];
+    // what the first token adds is at hand, and nearly always near enough to the greatest to stand for it
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-#pragma unroll
-      for (int i = 0; i < 2 * kBatch; ++i) {
-        float& greatest = top[i / 2][i % 2];
-        greatest = fmaxf(greatest, __shfl_xor_sync(0xFFFFFFFFu, greatest, step));
-      }
+    for (int i = 0; i < 2 * kProducts; ++i) {
+      peak[i / 2][i % 2] = __shfl_sync(0xFFFFFFFFu, logit[i / 2][i % 2][0], lane_id() % 4) * unit_;
     }
+    sum_tokens(logit, peak, mass);
+    float all = 0.f;
 #pragma unroll
-    for (int i = 0; i < 2 * kBatch; ++i) {
-      float& greatest = top[i / 2][i % 2];
-      greatest = fminf(greatest * unit_, 1e38f);  // infinity less itself is no number
+    for (int i = 0; i < 2 * kProducts; ++i) all += mass[i / 2][i % 2];
+    if (__any_sync(0xFFFFFFFFu, !(all < INFINITY))) take_greatest(logit, peak, mass);
+    const int n = lane_id() / 4;
+    float logs[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) logs[c] = own_of(peak, c) + log2_fast(own_of(mass, c));
+    if (kPaired) {
+      own[0] = n < 4 ? logs[0] : logs[1];
+    } else if (n / 4 == page / 4) {
+      own[0] = logs[0], own[1] = logs[1];
+    }
+  }
+  // The n % 4-th product's. Not by a subscript: the array would leave the registers.
+  __device__ __forceinline__ static float own_of(const float (&of)[kProducts][2], int c) {
+    const bool odd = lane_id() & 4, upper = lane_id() & 8;
+    const float low = odd ? of[1][c] : of[0][c], high = odd ? of[3][c] : of[2][c];
+    return upper ? high : low;
+  }
+
+  __device__ __forceinline__ void sum_tokens(const float (&logit)[kProducts][2][2], const float (&peak)[kProducts][2],
+                                             float (&mass)[kProducts][2]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kProducts; ++i) {
       const float(&two)[2] = logit[i / 2][i % 2];
-      mass[i / 2][i % 2] = exp2_fast(two[0] * unit_ - greatest) + exp2_fast(two[1] * unit_ - greatest);
+      const float shift = peak[i / 2][i % 2];
+      mass[i / 2][i % 2] = exp2_fast(two[0] * unit_ - shift) + exp2_fast(two[1] * unit_ - shift);
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
 #pragma unroll
-      for (int i = 0; i < 2 * kBatch; ++i) {
+      for (int i = 0; i < 2 * kProducts; ++i) {
         mass[i / 2][i % 2] += __shfl_xor_sync(0xFFFFFFFFu, mass[i / 2][i % 2], step);
       }
     }
-#pragma unroll
-    for (int i = 0; i < 2 * kBatch; ++i) mass[i / 2][i % 2] = top[i / 2][i % 2] + log2_fast(mass[i / 2][i % 2]);
   }
 
-  // Products of kBatch times kPages pages side by side: a chain of dependent ones alone would be waited for.
-  __device__ __forceinline__ void logits(const Staging<D>& staging, int half, int page, float (&logit)[kBatch][2][2]) const {
+  // Sums again, by the tokens' greatest, what is no number or too large. Other pages' masses stay as they are.
+  __device__ __forceinline__ void take_greatest(const float (&logit)[kProducts][2][2], float (&peak)[kProducts][2],
+                                                float (&mass)[kProducts][2]) const {
+    float greatest[kProducts][2], again[kProducts][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kProducts; ++i) {
+      float& most = greatest[i / 2][i % 2];
+      most = fmaxf(logit[i / 2][i % 2][0], logit[i / 2][i % 2][1]);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, step));
+      most = fminf(most * unit_, 1e38f);  // infinity less itself is no number
+    }
+    sum_tokens(logit, greatest, again);
+#pragma unroll
+    for (int i = 0; i < 2 * kProducts; ++i) {
+      if (mass[i / 2][i % 2] < INFINITY) continue;
+      peak[i / 2][i % 2] = greatest[i / 2][i % 2], mass[i / 2][i % 2] = again[i / 2][i % 2];
+    }
+  }
+
+  // Where a lane's steps of a run are in a page, a multiple of kPages from a multiple of four; `lane_at`: in the first of
+  // these, or the second, where that one is the lane's.
+  __device__ __forceinline__ static int with(int lane_at, int page, int run) {
+    const int moved = permuted(page, 32 * run);
+    return D == 128 ? lane_at + moved : lane_at ^ moved;  // no bit is set in both
+  }
+
+  // Products of kTogether pages, two of them side by side: a chain of dependent ones alone would be waited for.
+  __device__ __forceinline__ void logits(const Staging<D>& staging, int half, int page, float (&logit)[kProducts][2][2]) const {
     const int n = lane_id() / 4, t = lane_id() % 4;
-    float sums[kBatch][kPages][4] = {};  // row n, token 2n: columns 2t and 2t + 1; row n + 8, token 2n + 1: the same
+    const char* from = page_of(staging, half, page);
+    const int steps_at = permuted(column_page(), kStep + 8 * t) + column_page() * 4 * D;
+    const int codes_at = kCodes + 64 * (t / 2) + 8 * n;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      uint32_t weights[kBatch][4];
-      uint2 words[kBatch][kPages];
+    for (int product = 0; product < kProducts; product += 2) {
+      float sums[2][kPages][4] = {};  // row n, token 2n: columns 2t and 2t + 1; row n + 8, token 2n + 1: the same
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const char* from = at(staging, half, page + i * kPages + column_page(), kStep + 32 * run + 8 * t);
-        const uint2 steps = *reinterpret_cast<const uint2*>(from);
-        weights[i][0] = weigh<0>(steps.x, 4 * run), weights[i][1] = weigh<1>(steps.x, 4 * run + 1);
-        weights[i][2] = weigh<0>(steps.y, 4 * run + 2), weights[i][3] = weigh<1>(steps.y, 4 * run + 3);
+      for (int run = 0; run < kRuns; ++run) {
+        uint32_t weights[2][4];
+        uint2 words[2][kPages];
 #pragma unroll
-        for (int k = 0; k < kPages; ++k) {
-          const char* codes = page_of(staging, half, page + i * kPages + k) + kCodes + 128 * run + 64 * (t / 2) + 8 * n;
-          words[i][k] = *reinterpret_cast<const uint2*>(codes);
-          words[i][k].x >>= 8 * (t % 2), words[i][k].y >>= 8 * (t % 2);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < 4; m += 2) {
-        const uint32_t low = 0x00030003u << 2 * m, high = 0x000C000Cu << 2 * m;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < 2; ++i) {
+          const int first = (product + i) * kPages;  // of the product's pages
+          const uint2 steps = *reinterpret_cast<const uint2*>(from + first * 4 * D + with(steps_at, first, run));
+          weights[i][0] = weigh<0>(steps.x, 4 * run), weights[i][1] = weigh<1>(steps.x, 4 * run + 1);
+          weights[i][2] = weigh<0>(steps.y, 4 * run + 2), weights[i][3] = weigh<1>(steps.y, 4 * run + 3);
 #pragma unroll
           for (int k = 0; k < kPages; ++k) {
-            const uint2 two = words[i][k];
-            Half<__half>::mma(sums[i][k], two.x & low, two.y & low, two.x & high, two.y & high, weights[i][m], weights[i][m + 1]);
+            words[i][k] = *reinterpret_cast<const uint2*>(from + (first + k) * 4 * D + codes_at + 128 * run);
+            words[i][k].x >>= 8 * (t % 2), words[i][k].y >>= 8 * (t % 2);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < 4; m += 2) {
+          const uint32_t low = 0x00030003u << 2 * m, high = 0x000C000Cu << 2 * m;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int k = 0; k < kPages; ++k) {
+              const uint2 two = words[i][k];
+              Half<__half>::mma(sums[i][k], two.x & low, two.y & low, two.x & high, two.y & high, weights[i][m], weights[i][m + 1]);
+            }
           }
         }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float& value = logit[i][c % 2][c / 2];
-        value = sums[i][0][c];
-        if (kPaired && summed_page() == 1) value = sums[i][kPages - 1][c];
+        for (int c = 0; c < 4; ++c) {
+          float& value = logit[product + i][c % 2][c / 2];
+          value = sums[i][0][c];
+          if (kPaired && summed_page() == 1) value = sums[i][kPages - 1][c];
+        }
       }
     }
   }
@@ -286,34 +332,32 @@ class CodeEstimate {
   // The products with what each page's tokens share: rows the heads, columns the pages.
   __device__ __forceinline__ void share(const Staging<D>& staging, int half, float (&sums)[4]) const {
     const int page = lane_id() / 4, t = lane_id() % 4;
-    Query query;  // from the cache
-    query.load(p_, row_.req, row_.head);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const uint4 base = Staging<D>::read(at(staging, half, page, 64 * run + 16 * t));
       const uint2 steps = *reinterpret_cast<const uint2*>(at(staging, half, page, kStep + 32 * run + 8 * t));
       const uint2 rest = *reinterpret_cast<const uint2*>(at(staging, half, page, kRest + 32 * run + 8 * t));
-      const uint4 first = channels<0>(query, run), second = channels<1>(query, run);
-      share_pairs<0>(sums, first.x, second.x, steps.x, base.x, rest.x);
-      share_pairs<1>(sums, first.y, second.y, steps.x, base.y, rest.x);
-      share_pairs<0>(sums, first.z, second.z, steps.y, base.z, rest.y);
-      share_pairs<1>(sums, first.w, second.w, steps.y, base.w, rest.y);
+      const uint4* query = operands_ + 4 * run * 32 + lane_id();
+      share_pairs<0>(sums, query[0], steps.x, base.x, rest.x);
+      share_pairs<1>(sums, query[32], steps.x, base.y, rest.x);
+      share_pairs<0>(sums, query[64], steps.y, base.z, rest.y);
+      share_pairs<1>(sums, query[96], steps.y, base.w, rest.y);
     }
   }
   template <int kUpper>
-  __device__ __forceinline__ static void share_pairs(float (&sums)[4], uint32_t first, uint32_t second, uint32_t steps,
-                                                     uint32_t base, uint32_t rest) {
+  __device__ __forceinline__ static void share_pairs(float (&sums)[4], const uint4& query, uint32_t steps, uint32_t base,
+                                                     uint32_t rest) {
     const uint32_t swap = signs<kUpper>(steps);
     const float2 wide = __half22float2(widen<kUpper>(rest));
     const uint32_t other = Half<__nv_bfloat16>::pack(wide.x, wide.y);
-    Half<__nv_bfloat16>::mma(sums, first, 0, second, 0, choose(swap, other, base), choose(swap, base, other));
+    Half<__nv_bfloat16>::mma(sums, query.x, query.y, query.z, query.w, choose(swap, other, base), choose(swap, base, other));
   }
 
   const DecodeParams& p_;
-  const Row& row_;
+  const uint4* operands_;
   uint32_t sum_[kPairs], difference_[kPairs];  // of a pair's channels of the query, float16: times a power of two
   float unit_;                                 // of a product, in log2 of a mass
-  int last_ = -1, last_tokens_ = 0;            // the row's last page, if it is this CTA's, and its tokens
+  int last_ = -1, last_tokens_ = kTokens;      // the row's last page, if it is this CTA's, and its tokens
 };
 
 template <typename T, int D, int kHeadTiles>

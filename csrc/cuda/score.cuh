@@ -17,9 +17,27 @@ struct Mass {
     top = next;
     least = fminf(least, other_least);
   }
+  // Of two bounds; one that is no number is its own page's matter.
+  __device__ __forceinline__ void join(float first, float second) {
+    const float next = fmaxf(top, fmaxf(first, second));
+    sum = sum * weight(top, next) + (first == first ? weight(first, next) : 0.f) + (second == second ? weight(second, next) : 0.f);
+    top = next;
+    least = fminf(least, fminf(first, second));
+  }
   // One for the greatest itself, which may be infinite; nothing for an empty set.
   __device__ __forceinline__ static float weight(float part, float greatest) {
     return part == greatest ? 1.f : exp2_fast(part - greatest);
+  }
+  // Over each kLanes neighbouring lanes.
+  template <int kLanes>
+  __device__ __forceinline__ void join_lanes() {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      join(__shfl_xor_sync(0xFFFFFFFFu, top, step), __shfl_xor_sync(0xFFFFFFFFu, sum, step), __shfl_xor_sync(0xFFFFFFFFu, least, step));
+    }
+  }
+  __device__ __forceinline__ float4 of_lane(int lane) const {
+    return make_float4(__shfl_sync(0xFFFFFFFFu, top, lane), __shfl_sync(0xFFFFFFFFu, sum, lane), __shfl_sync(0xFFFFFFFFu, least, lane), 0.f);
   }
   __device__ __forceinline__ float log2_sum() const { return top == -INFINITY ? 0.f : top + log2_fast(sum); }
   __device__ __forceinline__ void join(const float4& other) { join(other.x, other.y, other.z); }
@@ -39,9 +57,11 @@ class PageScorer {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
     const int mine = row_.groups();
-    const Estimate estimate(p_, row_, query);
+    const Estimate estimate(p_, row_, query, shared.query);
+    if (!Estimate::kKeepsQuery) __syncthreads();  // the operands are there
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
-    int64_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
+    uint32_t ahead = guessed ? place_of(p_, row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
+    ahead = settle(0, ahead);
 #pragma unroll 1
     for (int k = -2; k < max(mine, 1); ++k) {
       if (k >= 0 && k < mine) {
@@ -50,7 +70,7 @@ class PageScorer {
       }
       if (k == 0 && p_.reduction != kMass) offer_range(row_, shared, range_);
       if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
-        ahead = beyond;
+        ahead = settle(k + 2, beyond);
         beyond = look_up(k + 2 + kLookUp);
       }
       fill(estimate, k + 2, mine, ahead);
@@ -73,28 +93,35 @@ class PageScorer {
   // The page of this lane among the kLookUp groups from `group` on.
   __device__ __forceinline__ static int index_of(int group) { return Row::first_of(group + lane_id() / 8) + lane_id() % 8; }
 
-  // Where the summary of this lane's page begins.
-  __device__ __forceinline__ int64_t look_up(int group) const {
+  // Where the summary of this lane's page begins, in chunks of 16 bytes.
+  __device__ __forceinline__ uint32_t look_up(int group) const {
     const int i = index_of(group);
     if (i >= row_.count) return 0;
     const int page = row_.page(i);
-    return place_of(page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
+    return place_of(p_, page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
+  }
+  // What was looked up for `group`: in a group that is not full, its first page stands for those that it lacks.
+  __device__ __forceinline__ uint32_t settle(int group, uint32_t chunk) const {
+    return __shfl_sync(0xFFFFFFFFu, chunk, index_of(group) < row_.count ? lane_id() : lane_id() / 8 * 8);
   }
 
-  __device__ __forceinline__ int64_t place_of(int page, int block) const {
-    return block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
+  __device__ __forceinline__ static uint32_t place_of(const DecodeParams& p, int page, int block) {
+    const int64_t elements = block * p.summary_block_stride + (page & ((1 << p.block_shift) - 1)) * p.summary_page_stride;
+    return static_cast<uint32_t>(elements >> 3);
+  }
+  __device__ __forceinline__ static const char* head_of(const DecodeParams& p, int kv_head) {
+    return reinterpret_cast<const char*>(static_cast<const T*>(p.summaries) + kv_head * p.summary_head_stride);
   }
 
-  __device__ __forceinline__ void fill(const Estimate& estimate, int group, int groups, int64_t ahead) {
+  __device__ __forceinline__ void fill(const Estimate& estimate, int group, int groups, uint32_t ahead) {
     if (group < groups) {
-      const T* base = static_cast<const T*>(p_.summaries) + row_.kv_head * p_.summary_head_stride;
+      const char* base = head_of(p_, row_.kv_head);
 #pragma unroll
       for (int i = 0; i < Staging<D>::kCopies; ++i) {
         const int index = (i * 32 + lane_id()) % (2 * Staging<D>::kChunks);
         const int in_group = (i * 32 + lane_id()) / (2 * Staging<D>::kChunks);
-        const int64_t offset = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + in_group);
-        Staging<D>::copy(Estimate::place(staging_, group % 2, in_group, index), base + offset + estimate.source(index),
-                         Row::first_of(group) + in_group < row_.count);
+        const uint32_t chunk = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + in_group);
+        Staging<D>::copy(Estimate::place(staging_, group % 2, in_group, index), base + estimate.source(index) + 16ull * chunk);
       }
     }
     Staging<D>::commit();  // an empty group keeps the count
@@ -110,7 +137,7 @@ class PageScorer {
   // values: of head n (of each tile) for the CTA's pages i and i + 1.
   __device__ __forceinline__ void store(const float (&values)[kHeadTiles][2], int i) {
     const int n = lane_id() / 4;
-    const float unit = (Estimate::kScaled ? 1.f : p_.scale) * kLog2e;
+    if (p_.reduction == kMass) return store_masses(values, i);
     float score[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -119,18 +146,11 @@ class PageScorer {
       for (int tile = 0; tile < kHeadTiles; ++tile) {
         const bool used = tile * 8 + n < p_.rows;
         const float value = values[tile][c];
-        if (p_.reduction == kMass) {
-          if (used && i + c < row_.count) {
-            const float log2_weight = unit * value;
-            buffer_[(tile * 8 + n) * plane_stride_ + i + c] = log2_weight;
-            if (log2_weight == log2_weight) mass_[tile].join(log2_weight, 1.f, log2_weight);  // NaN: its own page's only
-          }
-        } else if (used) {
+        if (used) {
           score[c] = p_.reduction == kMean ? score[c] + value : nan_max(score[c], value);
         }
       }
     }
-    if (p_.reduction == kMass) return;
     const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -148,71 +168,83 @@ class PageScorer {
     if (n == 0) *reinterpret_cast<float2*>(buffer_ + i) = make_float2(score[0], score[1]);
   }
 
+  __device__ __forceinline__ void store_masses(const float (&values)[kHeadTiles][2], int i) {
+    const float unit = (Estimate::kScaled ? 1.f : p_.scale) * kLog2e;
+#pragma unroll
+    for (int tile = 0; tile < kHeadTiles; ++tile) {
+      const int head = tile * 8 + lane_id() / 4;
+      if (head >= p_.rows || i >= row_.count) continue;
+      const float first = unit * values[tile][0], second = unit * values[tile][1];
+      *reinterpret_cast<float2*>(buffer_ + head * plane_stride_ + i) = make_float2(first, second);
+      mass_[tile].join(first, i + 1 < row_.count ? second : NAN);
+    }
+  }
+
   __device__ __forceinline__ static float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
 
   // Joins the lanes' and warps' masses, and sends the CTA's to every CTA of the cluster.
   __device__ __forceinline__ void share_mass(Shared& shared) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
-      Mass& mass = mass_[tile];
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        mass.join(__shfl_xor_sync(0xFFFFFFFFu, mass.top, step), __shfl_xor_sync(0xFFFFFFFFu, mass.sum, step),
-                  __shfl_xor_sync(0xFFFFFFFFu, mass.least, step));
-      }
+      mass_[tile].template join_lanes<4>();
+      const Mass& mass = mass_[tile];
       if (lane_id() % 4 == 0) {
         shared.warp_mass[warp_id()][tile * 8 + lane_id() / 4] = make_float4(mass.top, mass.sum, mass.least, 0.f);
       }
     }
     __syncthreads();
-    const int head = threadIdx.x % kMaxRows, peer = threadIdx.x / kMaxRows;
-    if (head < p_.rows && peer < row_.size) {
-      Mass mass = Mass::none();
 #pragma unroll 1
-      for (int w = 0; w < kWarps; ++w) mass.join(shared.warp_mass[w][head]);
-      put(&shared.mass_inbox[row_.rank][head], row_.peer(peer), make_float4(mass.top, mass.sum, mass.least, 0.f));
+    for (int head = warp_id(); head < p_.rows; head += kWarps) {
+      Mass mass = Mass::none();
+      if (lane_id() < kWarps) mass.join(shared.warp_mass[lane_id()][head]);
+      mass.join_lanes<kWarps>();
+      const float4 all = mass.of_lane(0);  // lanes round apart, and all CTAs must get the same
+      if (lane_id() < row_.size) put(&shared.mass_inbox[row_.rank][head], row_.peer(lane_id()), all);
     }
   }
 
   // Turns the heads' planes into one: score = log2(sum over heads of exp2(s - log_sum)), the page's normalised mass.
   __device__ __forceinline__ float2 normalise(Shared& shared) {
-    if (warp_id() == 0) {
-      Mass mass = Mass::none();
-      const int head = lane_id();
-      if (head < p_.rows) {
 #pragma unroll 1
-        for (int c = 0; c < row_.size; ++c) mass.join(shared.mass_inbox[c][head]);
-        shared.log_sum[head] = mass.log2_sum();
+    for (int head = warp_id(); head < p_.rows; head += kWarps) {
+      Mass mass = Mass::none();
+      if (lane_id() < row_.size) mass.join(shared.mass_inbox[lane_id()][head]);
+      mass.join_lanes<kMaxCluster>();
+      if (lane_id() == 0) {
+        const float log_sum = shared.log_sum[head] = mass.log2_sum();
+        shared.head_range[head] = make_float2(mass.least - log_sum, exp2_fast(mass.top - log_sum));
       }
-      const float log_sum = mass.log2_sum();
-      // a page weighs at least what its heads' least bounds weigh, and at most what their greatest do
-      float low = head < p_.rows ? mass.least - log_sum : -INFINITY;
-      float high = head < p_.rows ? exp2_fast(mass.top - log_sum) : 0.f;
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) {
-        low = fmaxf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
-        high += __shfl_xor_sync(0xFFFFFFFFu, high, step);
-      }
-      if (lane_id() == 0) shared.mass_range = make_float2(low, log2_fast(high));
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < row_.count; i += kThreads) {
       float top = -INFINITY, sum = 0.f;
-#pragma unroll 1
-      for (int head = 0; head < p_.rows; ++head) {
-        top = fmaxf(top, buffer_[head * plane_stride_ + i] - shared.log_sum[head]);
-      }
+      each_head([&](int head) { top = fmaxf(top, buffer_[head * plane_stride_ + i] - shared.log_sum[head]); });
       const float shift = top == -INFINITY ? 0.f : top;
-#pragma unroll 1
-      for (int head = 0; head < p_.rows; ++head) {
-        sum += exp2_fast(buffer_[head * plane_stride_ + i] - shared.log_sum[head] - shift);
-      }
+      each_head([&](int head) { sum += exp2_fast(buffer_[head * plane_stride_ + i] - shared.log_sum[head] - shift); });
       buffer_[i] = shift + log2_fast(sum);
     }
-    const float2 range = shared.mass_range;
+    // a page weighs at least what its heads' least bounds weigh, and at most what their greatest do
+    float low = -INFINITY, high = 0.f;
+    each_head([&](int head) {
+      low = fmaxf(low, shared.head_range[head].x);
+      high += shared.head_range[head].y;
+    });
+    high = log2_fast(high);
     __syncthreads();
-    return range.x > -1e30f && range.y < 1e30f ? range : make_float2(-100.f, 10.f);
+    return low > -1e30f && high < 1e30f ? make_float2(low, high) : make_float2(-100.f, 10.f);
+  }
+
+  // Four at a time: their reads are in flight together.
+  template <typename F>
+  __device__ __forceinline__ void each_head(F visit) const {
+#pragma unroll 1
+    for (int first = 0; first < p_.rows; first += 4) {
+#pragma unroll
+      for (int head = first; head < first + 4; ++head) {
+        if (head < p_.rows) visit(head);
+      }
+    }
   }
 
   const DecodeParams& p_;

@@ -9,21 +9,27 @@ namespace quest {
 constexpr int kMinimumWork = 16;
 using MassSum = unsigned long long;  // estimated masses in fixed point
 constexpr int kListed = 512;  // chosen pages of a CTA that it lists in shared memory
+constexpr int kQueryOperands = QUEST_HEAD_DIM / 16 * 32;
 
 // Aligned, so that the staging windows behind it are: a copy of 32 bytes must not straddle two lines.
 struct alignas(128) Shared {
   float4 mass_inbox[kMaxCluster][kMaxRows];  // each CTA's (max, sum of exp2, min) of a head's bounds
   float4 warp_mass[kWarps][kMaxRows];
-  unsigned long long candidates[kCandidates];
+  union {
+    uint4 query[kQueryOperands];  // while pages are scored; see codes.cuh
+    struct {
+      unsigned long long candidates[kCandidates];
+      int32_t listed[kListed];
+    };
+  };
   unsigned long long threshold;
   float2 range_inbox[kMaxCluster][kWarps];      // each warp's least and greatest score
   float2 softmax_inbox[kMaxCluster][kMaxRows];  // each CTA's (max, sum) of its part of the attention
   float2 warp_softmax[kWarps][kMaxRows];
-  float2 mass_range;
+  float2 head_range[kMaxRows];  // least and greatest weight of a page, the least as log2
   MassSum mass_scan[kWarps], mass_above, forced_mass;  // see share.cuh
   float log_sum[kMaxRows];                      // log2 of a head's sum of exp2 over all pages
   int histogram[kBins];
-  int32_t listed[kListed];
   int scan[kWarps];
   int threshold_bin, above, in_bin, in_bin_before;
   int num_candidates;

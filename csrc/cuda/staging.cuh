@@ -31,7 +31,11 @@ struct Staging {
     return base + half * kHalfBytes + (row * kChunks + Layout::chunk(row, chunk)) * 16;
   }
 
-  // Starts to copy 16 bytes; what is not `valid` becomes zero, and is not read.
+  // Starts to copy 16 bytes.
+  __device__ __forceinline__ static void copy(char* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+  }
+  // The same; what is not `valid` becomes zero, and is not read.
   __device__ __forceinline__ static void copy(char* to, const void* from, bool valid) {
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes) : "memory");

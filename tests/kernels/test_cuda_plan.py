@@ -20,7 +20,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, int]]
     """``_plan`` of eight KV heads on that H100: by the number of requests, and what else differs."""
 
     def resident(head_dim: int, warps: int, rows: int, size: int, pages: int, page_summary: int) -> int:
-        most = 72 if warps == 16 else 32  # KiB of scores beside which a CTA of 16, or two of 8, fit an SM
+        most = 68 if warps == 16 else 32  # KiB of scores beside which a CTA of 16, or two of 8, fit an SM
         return WITH_16_WARPS[size] * (1 if warps == 16 or 4 * pages > most * 1024 else 2)
 
     monkeypatch.setattr(cuda, "_resident_clusters", resident)
