@@ -90,29 +90,18 @@ class PageAttention {
                 __shfl_sync(0xFFFFFFFFu, ahead.tokens, k % 32)};
   }
 
-  // Rows that hold no token yet become zeros: what lies there may be NaN.
-  template <typename Layout>
-  __device__ __forceinline__ void fill(int half, const T* rows, int64_t row_stride, int tokens, bool more) {
-    if (more) {
-#pragma unroll
-      for (int i = 0; i < Staging<D>::kCopies; ++i) {
-        const int index = i * 32 + lane_id(), row = index / Staging<D>::kChunks, chunk = index % Staging<D>::kChunks;
-        Staging<D>::copy(staging_.template place<Layout>(half, row, chunk), rows + row * row_stride + chunk * 8, row < tokens);
-      }
-    }
-    Staging<D>::commit();  // an empty group keeps the count
-  }
-
   __device__ __forceinline__ void fill_keys(const Tile& tile, bool more) {
     const T* rows = static_cast<const T*>(p_.keys) + tile.block * p_.key_block_stride +
                     row_.kv_head * p_.key_head_stride + tile.row * p_.key_row_stride;
-    fill<KeyLayout>(0, rows, p_.key_row_stride, tile.tokens, more);
+    if (more) staging_.template fill<KeyLayout>(0, rows, p_.key_row_stride, tile.tokens);
+    Staging<D>::commit();  // an empty group keeps the count
   }
 
   __device__ __forceinline__ void fill_values(const Tile& tile, bool more) {
     const T* rows = static_cast<const T*>(p_.values) + tile.block * p_.value_block_stride +
                     row_.kv_head * p_.value_head_stride + tile.row * p_.value_row_stride;
-    fill<ValueLayout>(1, rows, p_.value_row_stride, tile.tokens, more);
+    if (more) staging_.template fill<ValueLayout>(1, rows, p_.value_row_stride, tile.tokens);
+    Staging<D>::commit();
   }
 
   __device__ __forceinline__ void multiply_keys(const QueryFragment<D, kHeadTiles>& query, float (&logits)[2][4]) {

@@ -171,9 +171,14 @@ class CodeEstimate {
   // All ones in each half whose byte has its sign set.
   template <int kUpper>
   __device__ __forceinline__ static uint32_t signs(uint32_t four) {
+#ifdef QUEST_ON_HOST
+    const uint32_t two = four >> 16 * kUpper;
+    return (two & 0x80 ? 0xFFFFu : 0u) | (two & 0x8000 ? 0xFFFF0000u : 0u);
+#else
     uint32_t mask;
     asm("prmt.b32 %0, %1, %1, %2;" : "=r"(mask) : "r"(four), "n"(kUpper ? 0xBBAA : 0x9988));
     return mask;
+#endif
   }
   __device__ __forceinline__ static uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
     return (mask & yes) | (~mask & no);

@@ -29,6 +29,8 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 #ifdef QUEST_ON_HOST  // tests/kernels/cuda_on_host has the rest of what is asm here
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
+template <typename T>
+void mma_on_host(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
 #else
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
@@ -56,10 +58,14 @@ struct Half<__nv_bfloat16> {
   // d = a (16x16, row) * b (16x8, col) + d
   static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
+#ifdef QUEST_ON_HOST
+    mma_on_host<__nv_bfloat16>(d, a0, a1, a2, a3, b0, b1);
+#else
     asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
   }
 };
 
@@ -84,10 +90,14 @@ struct Half<__half> {
   }
   static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
+#ifdef QUEST_ON_HOST
+    mma_on_host<__half>(d, a0, a1, a2, a3, b0, b1);
+#else
     asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
   }
 };
 
@@ -124,6 +134,8 @@ __device__ __forceinline__ void cluster_arrive() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// The first meeting, which says no more than that the peers run.
+__device__ __forceinline__ void cluster_arrive_early() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();

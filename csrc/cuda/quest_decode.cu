@@ -33,9 +33,15 @@ __host__ __device__ constexpr int inbox_bytes(int rows) {
 
 template <typename T, int D, int kHeadTiles, template <typename, int, int> class Estimate>
 __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
+  // window: the warps' staging halves, later the merge; then the scores
+#ifdef QUEST_ON_HOST
+  Shared& shared = shared_on_host();
+  char* window = window_on_host();
+#else
   __shared__ Shared shared;
-  extern __shared__ __align__(128) char window[];  // the warps' staging halves, later the merge; then the scores
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // see the wait
+  extern __shared__ __align__(128) char window[];
+#endif
+  cluster_arrive_early();  // see the wait
   wait_for_previous_kernel();
   mark(p, 0);
   // the query and the first blocks are asked for before the row's length is known: the reads overlap
@@ -56,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   }
   PageSelector::clear(shared);
   // a CTA's shared memory may be written by its peers once it runs
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  cluster_wait();
   mark(p, 1);
   float2 range = make_float2(0.f, 0.f);
   // no score is needed where nothing competes, unless somebody reads them
@@ -105,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   mark(p, 5);
 }
 
+#ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_decode_on_host.py
 // A launch's grid. Points into itself: not to be copied.
 struct Grid {
   cudaLaunchAttribute attributes[2] = {};
@@ -210,3 +217,6 @@ extern "C" __attribute__((visibility("default"))) const char* quest_error_string
 extern "C" __attribute__((visibility("default"))) int quest_params_size(int which) {
   return static_cast<int>(which == 0 ? sizeof(quest::DecodeParams) : sizeof(quest::WriteParams));
 }
+#else
+}  // namespace quest
+#endif

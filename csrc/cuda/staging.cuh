@@ -31,6 +31,12 @@ struct Staging {
     return base + half * kHalfBytes + (row * kChunks + Layout::chunk(row, chunk)) * 16;
   }
 
+#ifdef QUEST_ON_HOST
+  static void copy(char* to, const void* from) { std::memcpy(to, from, 16); }
+  static void copy(char* to, const void* from, bool valid) { valid ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
+  static void commit() {}
+  static void wait_all_but_one() { __syncwarp(); }
+#else
   // Starts to copy 16 bytes.
   __device__ __forceinline__ static void copy(char* to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
@@ -46,6 +52,22 @@ struct Staging {
   __device__ __forceinline__ static void wait_all_but_one() {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
+  }
+#endif
+
+  // Starts to fill a half with 16 rows of D elements, `row_stride` apart. Those from the `valid`-th on become zeros, and are
+  // not read: what lies there may be no number.
+  template <typename Layout, typename T>
+  __device__ __forceinline__ void fill(int half, const T* rows, int64_t row_stride, int valid) const {
+    constexpr int kAtOnce = 32 / kChunks;  // rows: a lane keeps its chunk, and goes down by as many
+    const int first = lane_id() / kChunks, chunk = lane_id() % kChunks;
+    const T* from = rows + first * row_stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = i * kAtOnce + first;
+      copy(place<Layout>(half, row, chunk), from, row < valid);
+      from += kAtOnce * row_stride;
+    }
   }
 
   __device__ __forceinline__ static uint4 read(const char* place) { return *reinterpret_cast<const uint4*>(place); }

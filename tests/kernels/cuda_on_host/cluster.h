@@ -42,8 +42,14 @@ class Cluster {
   }
 
   static void meet_block() { wait(blocks_[blockIdx.x], arrive(blocks_[blockIdx.x])); }
-  static void arrive_cluster() { fibers_[current_].awaited = arrive(cluster_); }
-  static void wait_cluster() { wait(cluster_, fibers_[current_].awaited); }
+  static void arrive_cluster() {
+    fibers_[current_].expected = true;
+    fibers_[current_].awaited = arrive(cluster_);
+  }
+  static void wait_cluster() {
+    wait(cluster_, fibers_[current_].awaited);
+    fibers_[current_].expected = false;
+  }
 
   template <typename T>
   static T* at_peer(const T* mine, int rank) {
@@ -57,7 +63,10 @@ class Cluster {
   struct Fiber {
     jmp_buf at;
     bool started = false, done = false;
+    const Barrier* waits_for = nullptr;
+    unsigned phase = 0;  // that has to end before it goes on
     unsigned awaited = 0;  // of the cluster's barrier: the phase in which it arrived
+    bool expected = false;  // whether it has arrived, and not waited since
   };
 
   static inline std::vector<Fiber> fibers_;
@@ -93,9 +102,10 @@ class Cluster {
     return phase;
   }
   static void wait(Barrier& barrier, unsigned phase) {
-    while (barrier.phase == phase) {
-      if (_setjmp(fibers_[current_].at) == 0) _longjmp(scheduler_, 1);
-    }
+    if (barrier.phase != phase) return;
+    fibers_[current_].waits_for = &barrier;
+    fibers_[current_].phase = phase;
+    if (_setjmp(fibers_[current_].at) == 0) _longjmp(scheduler_, 1);
   }
   static void leave(Barrier& barrier) {
     --barrier.members;
@@ -104,7 +114,8 @@ class Cluster {
 
   static void give_turn(unsigned thread, char* stacks) {
     Fiber& fiber = fibers_[thread];
-    if (fiber.done) return;
+    if (fiber.done || (fiber.waits_for != nullptr && fiber.waits_for->phase == fiber.phase)) return;
+    fiber.waits_for = nullptr;
     current_ = thread;
     threadIdx.x = thread % threads_, blockIdx.x = thread / threads_;
     exchange_slots = &slots_[thread / 32 * 32];
@@ -121,6 +132,8 @@ class Cluster {
     ++progress_, --left_;
     leave(warps_[current_ / 32]);
     leave(blocks_[blockIdx.x]);
+    // who leaves between the two steps has arrived once, and is not counted twice
+    if (fibers_[current_].expected && fibers_[current_].awaited == cluster_.phase) --cluster_.arrived;
     leave(cluster_);
     _longjmp(scheduler_, 1);
   }
@@ -160,6 +173,7 @@ inline void cluster_arrive() {
   __syncwarp();
   Cluster::arrive_cluster();
 }
+inline void cluster_arrive_early() { Cluster::arrive_cluster(); }
 inline void cluster_wait() { Cluster::wait_cluster(); }
 inline void cluster_sync() {
   cluster_arrive();

@@ -1,0 +1,120 @@
+"""csrc/cuda/quest_decode.cu run on a CPU, a cluster of CTAs at a time: scores, choice and output, without a GPU.
+
+Threads take turns, forwards and backwards, between the places where they wait for one another; asynchronous copies are
+there at once, and a product of matrices is summed in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from quest_vllm.ops import cuda, reference
+from tests.kernels.cuda_on_host import build
+from tests.kernels.paged import PagedCase, make_case
+from tests.kernels.test_cuda_codes import rounding
+from tests.kernels.test_cuda_ops import assert_near, in_float64
+
+# KV heads, group, head_dim, block size
+SHAPES = [(1, 4, 128, 32), (1, 8, 128, 16), (2, 3, 64, 16), (1, 7, 64, 16), (1, 2, 256, 16)]
+LENGTHS = [0, 1, 100, 583, 1300, 16 * 70 + 3]
+BUDGETS = [3, 2**30, 2**30, 5, 20, 40]
+CODES: dict[str, Any] = {"page_summary": "key_codes", "group_reduction": "mass"}
+BOXES: dict[str, Any] = {"page_summary": "min_max", "group_reduction": "max", "bound_radius": 0.5}
+
+
+@pytest.fixture(scope="module")
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], ctypes.CDLL]:
+    """The kernels for a head dimension and a number of warps, built once: it takes longer than all that they do."""
+    folder = tmp_path_factory.mktemp("host")
+    return functools.cache(lambda head_dim, warps: build("decode.cpp", head_dim, folder, warps))
+
+
+@pytest.fixture
+def on_host(
+    library_of: Callable[[int, int], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Launches of the CUDA module run here, the threads' order reversed if the test's parameter says so."""
+
+    def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
+        assert (name, dtype) == ("quest_decode", torch.bfloat16)
+        library = library_of(head_dim, warps)
+        assert library.quest_decode_on_host(ctypes.byref(params), int(getattr(request, "param", False))) == 0, "threads wait for ever"
+
+    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(cuda, "_resident_clusters", lambda *_: 10**6)
+    cuda._plan.cache_clear()
+
+
+def make(shape: tuple[int, ...], page_summary: str) -> PagedCase:
+    heads, group, dim, block = shape
+    case = make_case(LENGTHS, num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=torch.bfloat16)
+    caches = (case.views.keys, case.views.summaries)
+    reference.update_page_summaries(*caches, case.slots(), page_size=16, page_summary=page_summary)
+    return case
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("policy", "size"), [(CODES, 1.0), (CODES | {"group_reduction": "mean"}, 200.0), (BOXES, 1.0)])
+@pytest.mark.usefixtures("on_host")
+def test_scores(shape: tuple[int, ...], size: float, policy: dict[str, Any]) -> None:
+    """At 200 a page's tokens weigh differently by more than a float32 holds."""
+    case = make(shape, policy["page_summary"])
+    case.query.mul_(size)
+    coded = policy["page_summary"] == "key_codes"
+    rows = (case.block_table, case.seq_lens)
+    options = {"page_size": 16, "scale": 0.09, **policy}
+    scores = cuda.score_pages(case.query, case.views.summaries, *rows, cluster_size=3, **options)
+    precise = in_float64(case)
+    summaries = (case if coded else precise).views.summaries
+    exact = reference.score_pages(precise.query, summaries, *rows, **options)
+    finite = exact.isfinite()
+    assert torch.equal(scores.isfinite(), finite)
+    own = rounding(case, 0.09) if coded else 0.0
+    off = (scores - exact)[finite].abs().max()
+    assert off <= own + 1e-5 * exact[finite].abs().max() + 1e-5, off
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "warps", "on_host"),
+    [*((shape, 2, 8, False) for shape in SHAPES), (SHAPES[0], 3, 8, True), (SHAPES[0], 3, 16, False)],
+    indirect=["on_host"],
+)
+@pytest.mark.parametrize(("policy", "top_p"), [(CODES, None), (CODES, 0.6), (BOXES, None)])
+@pytest.mark.usefixtures("on_host")
+def test_choice_and_output(
+    shape: tuple[int, ...], cluster: int, warps: int, policy: dict[str, Any], top_p: float | None
+) -> None:
+    case = make(shape, policy["page_summary"])
+    caches = (case.views.keys, case.views.values, case.views.summaries)
+    rows = (case.block_table, case.seq_lens, torch.tensor(BUDGETS, dtype=torch.int32))
+    shares = None if top_p is None else torch.full((len(LENGTHS),), top_p)
+    scale = shape[2] ** -0.5
+    chosen = torch.zeros(len(LENGTHS), shape[0], case.block_table.shape[1] * shape[3] // 16, dtype=torch.uint8)
+    taken = torch.zeros(len(LENGTHS), shape[0], dtype=torch.int32)
+    launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, **policy}
+    out = cuda.quest_decode(case.query, *caches, *rows, top_p=shares, chosen=chosen, taken=taken, **launch)
+
+    launch.pop("warps")
+    scores = cuda.score_pages(case.query, case.views.summaries, *rows[:2], **launch)
+    unit = reference.mass_scale_of(policy["group_reduction"], scale, policy["page_summary"])
+    budgets = {"page_size": 16, "max_page_budget": chosen.shape[-1], "top_p": shares, "mass_scale": unit}
+    pages = reference.select_pages(scores, *rows[1:], **budgets)
+    flags = cuda._as_flags(pages, chosen.shape[-1])
+    choosing = torch.tensor([budget < 2**30 or top_p is not None for budget in BUDGETS])
+    assert (chosen[choosing] != flags[choosing]).sum() <= (0 if top_p is None else 1)  # at the share itself, by rounding
+    assert torch.equal(taken, torch.where(choosing[:, None], chosen.sum(-1), flags.sum(-1)).int())
+    attended = torch.where(choosing[:, None, None], chosen, flags)
+    listed = cuda._as_list(attended, chosen.shape[-1])
+
+    def attend(of: PagedCase) -> torch.Tensor:
+        return reference.sparse_paged_attention(
+            of.query, of.views.keys, of.views.values, *rows[:2], listed, page_size=16, scale=scale
+        )
+
+    assert_near(out, case, attend)
