@@ -90,29 +90,33 @@ class PageAttention {
                 __shfl_sync(0xFFFFFFFFu, ahead.tokens, k % 32)};
   }
 
+  // One instruction: no stride of a cache is beyond 32 bits.
+  __device__ __forceinline__ static uint64_t wide(int count, int64_t stride) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(count)) * static_cast<uint32_t>(stride);
+  }
+
   __device__ __forceinline__ void fill_keys(const Tile& tile, bool more) {
-    const T* rows = static_cast<const T*>(p_.keys) + tile.block * p_.key_block_stride +
-                    row_.kv_head * p_.key_head_stride + tile.row * p_.key_row_stride;
+    const T* rows = static_cast<const T*>(p_.keys) + wide(tile.block, p_.key_block_stride) +
+                    wide(row_.kv_head, p_.key_head_stride) + wide(tile.row, p_.key_row_stride);
     if (more) staging_.template fill<KeyLayout>(0, rows, p_.key_row_stride, tile.tokens);
     Staging<D>::commit();  // an empty group keeps the count
   }
 
   __device__ __forceinline__ void fill_values(const Tile& tile, bool more) {
-    const T* rows = static_cast<const T*>(p_.values) + tile.block * p_.value_block_stride +
-                    row_.kv_head * p_.value_head_stride + tile.row * p_.value_row_stride;
+    const T* rows = static_cast<const T*>(p_.values) + wide(tile.block, p_.value_block_stride) +
+                    wide(row_.kv_head, p_.value_head_stride) + wide(tile.row, p_.value_row_stride);
     if (more) staging_.template fill<ValueLayout>(1, rows, p_.value_row_stride, tile.tokens);
     Staging<D>::commit();
   }
 
   __device__ __forceinline__ void multiply_keys(const QueryFragment<D, kHeadTiles>& query, float (&logits)[2][4]) {
-    const int n = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) {
       const uint4 q = query.part[0][j];
       const uint4 q8 = kHeadTiles > 1 ? query.part[kHeadTiles - 1][j] : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 key = Staging<D>::read(staging_.template place<KeyLayout>(0, 8 * i + n, 4 * j + t));
+        const uint4 key = staging_.read_key(0, i, j);
         Half<T>::mma(logits[i], q.x, q8.x, q.y, q8.y, key.x, key.y);
         Half<T>::mma(logits[i], q.z, q8.z, q.w, q8.w, key.z, key.w);
       }
@@ -129,9 +133,15 @@ class PageAttention {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float logit = logits[i][2 * head_tile + c] * (p_.scale * kLog2e);
-        if (p_.softcap > 0.f) logit = cap(logit);
-        x[i][c] = 8 * i + 2 * t + c < tokens ? logit : -INFINITY;
+        x[i][c] = logits[i][2 * head_tile + c] * (p_.scale * kLog2e);
+      }
+    }
+    if (p_.softcap > 0.f) cap(x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        x[i][c] = 8 * i + 2 * t + c < tokens ? x[i][c] : -INFINITY;
         top = fmaxf(top, x[i][c]);
       }
     }
@@ -152,8 +162,12 @@ class PageAttention {
   }
 
   // softcap * tanh(logit / softcap), in powers of two: tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x.
-  __device__ __forceinline__ float cap(float logit) const {
-    return p_.softcap * kLog2e * (1.f - __fdividef(2.f, exp2_fast(2.f * logit / p_.softcap) + 1.f));
+  __device__ __forceinline__ void cap(float (&logits)[2][2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& logit = logits[i / 2][i % 2];
+      logit = p_.softcap * kLog2e * (1.f - __fdividef(2.f, exp2_fast(__fdividef(2.f * logit, p_.softcap)) + 1.f));
+    }
   }
 
   // The accumulator's columns are heads 2t and 2t + 1, whose statistics lie in lanes 8t and 8t + 4.
@@ -170,15 +184,11 @@ class PageAttention {
   }
 
   __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kHeadTiles][2]) {
-    const int n = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int j = 0; j < D / 64; ++j) {
       uint4 value[4];  // tokens 2t, 2t + 1, 2t + 8, 2t + 9; dims 64j + 8n .. + 7
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 2 * t + (i & 1) + 8 * (i / 2);
-        value[i] = Staging<D>::read(staging_.template place<ValueLayout>(1, token, 8 * j + n));
-      }
+      for (int i = 0; i < 4; ++i) value[i] = staging_.read_value(1, i, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint32_t v0 = word(value[0], k), v1 = word(value[1], k), v2 = word(value[2], k), v3 = word(value[3], k);

@@ -25,17 +25,16 @@ class BoxEstimate {
     return index / Staging<D>::kChunks * p_.summary_bound_stride * 2 + index % Staging<D>::kChunks * 16;
   }
   __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int index) {
-    return staging.template place<KeyLayout>(half, index / Staging<D>::kChunks * 8 + page, index % Staging<D>::kChunks);
+    const int row = index / Staging<D>::kChunks * 8 + page;
+    return staging.half(half) + Staging<D>::template place<KeyLayout>(row, index % Staging<D>::kChunks);
   }
 
   // values[tile]: of head n for pages 2t and 2t + 1 of the eight in `half`.
   __device__ __forceinline__ void evaluate(const Staging<D>& staging, int half, int, float (&values)[kHeadTiles][2]) const {
-    const int n = lane_id() / 4, t = lane_id() % 4;
     float sums[kHeadTiles][2][4] = {};  // two sums of each: half as long a chain of dependent products
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) {
-      const uint4 low = Staging<D>::read(staging.template place<KeyLayout>(half, n, 4 * j + t));
-      const uint4 high = Staging<D>::read(staging.template place<KeyLayout>(half, 8 + n, 4 * j + t));
+      const uint4 low = staging.read_key(half, 0, j), high = staging.read_key(half, 1, j);
 #pragma unroll
       for (int tile = 0; tile < kHeadTiles; ++tile) bound(sums[tile], query_.part[tile][j], low, high);
     }

@@ -37,6 +37,7 @@ ALL_SCORE_BYTES = 68 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
+MOST_STRIDE = 2**32
 MOST_SUMMARY_BYTES = 2**36  # the kernels count chunks of 16 bytes in 32 bits
 LOG2_E = math.log2(math.e)
 CLUSTER_SIZES = (8, 4, 3, 2)  # by default: larger ones did not all find their SMs, and 6 may not in a whole model
@@ -299,7 +300,9 @@ def _set_summaries(
     params.summaries = summaries.data_ptr()
     block, head, page, bound = summaries.stride()[:4]
     if summaries.shape[0] * block * summaries.element_size() > MOST_SUMMARY_BYTES:
-        raise ValueError(f"summaries: expected at most {MOST_SUMMARY_BYTES} bytes from first to last, got {summaries.shape}")
+        raise ValueError(
+            f"summaries: expected at most {MOST_SUMMARY_BYTES} bytes from first to last, got {summaries.shape}"
+        )
     params.summary_block_stride, params.summary_head_stride = block, head
     params.summary_page_stride, params.summary_bound_stride = page, bound
 
@@ -309,6 +312,9 @@ def _set_caches(
 ) -> None:
     _check_rows(keys, "key_cache", dtype)
     _check_rows(values, "value_cache", dtype)
+    for name, cache in (("key_cache", keys), ("value_cache", values)):
+        if max(cache.stride()) >= MOST_STRIDE:
+            raise ValueError(f"{name}: expected strides below {MOST_STRIDE} elements, got {cache.stride()}")
     params.keys, params.values = keys.data_ptr(), values.data_ptr()
     params.key_block_stride, params.key_head_stride, params.key_row_stride = keys.stride()[:3]
     params.value_block_stride, params.value_head_stride, params.value_row_stride = values.stride()[:3]

@@ -42,18 +42,21 @@ def on_host(
     """Launches of the CUDA module run here, the threads' order reversed if the test's parameter says so."""
 
     def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
-        assert (name, dtype) == ("quest_decode", torch.bfloat16)
+        assert name == "quest_decode"
         library = library_of(head_dim, warps)
-        assert library.quest_decode_on_host(ctypes.byref(params), int(getattr(request, "param", False))) == 0, "threads wait for ever"
+        backwards = int(getattr(request, "param", False))
+        assert library.quest_decode_on_host(ctypes.byref(params), int(dtype == torch.bfloat16), backwards) == 0, (
+            "threads wait for ever"
+        )
 
     monkeypatch.setattr(cuda, "_launch", launch)
     monkeypatch.setattr(cuda, "_resident_clusters", lambda *_: 10**6)
     cuda._plan.cache_clear()
 
 
-def make(shape: tuple[int, ...], page_summary: str) -> PagedCase:
+def make(shape: tuple[int, ...], page_summary: str, dtype: torch.dtype = torch.bfloat16) -> PagedCase:
     heads, group, dim, block = shape
-    case = make_case(LENGTHS, num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=torch.bfloat16)
+    case = make_case(LENGTHS, num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=dtype)
     caches = (case.views.keys, case.views.summaries)
     reference.update_page_summaries(*caches, case.slots(), page_size=16, page_summary=page_summary)
     return case
@@ -90,15 +93,29 @@ def test_scores(shape: tuple[int, ...], size: float, policy: dict[str, Any]) -> 
 def test_choice_and_output(
     shape: tuple[int, ...], cluster: int, warps: int, policy: dict[str, Any], top_p: float | None
 ) -> None:
-    case = make(shape, policy["page_summary"])
+    check(make(shape, policy["page_summary"]), cluster, warps, policy, top_p)
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(12, torch.bfloat16), (4, torch.float16)])
+@pytest.mark.usefixtures("on_host")
+def test_more_heads_and_float16_with_a_softcap(group: int, dtype: torch.dtype) -> None:
+    check(make((1, group, 64, 16), "min_max", dtype), 2, 8, BOXES, None, softcap=3.0)
+
+
+def check(
+    case: PagedCase, cluster: int, warps: int, policy: dict[str, Any], top_p: float | None, softcap: float = 0.0
+) -> None:
+    """The fused launch chooses what the reference chooses by the scores of the stage alone, and attends to that."""
+    heads, head_dim, block_size = case.views.keys.shape[1], case.query.shape[2], case.views.keys.shape[2]
     caches = (case.views.keys, case.views.values, case.views.summaries)
     rows = (case.block_table, case.seq_lens, torch.tensor(BUDGETS, dtype=torch.int32))
     shares = None if top_p is None else torch.full((len(LENGTHS),), top_p)
-    scale = shape[2] ** -0.5
-    chosen = torch.zeros(len(LENGTHS), shape[0], case.block_table.shape[1] * shape[3] // 16, dtype=torch.uint8)
-    taken = torch.zeros(len(LENGTHS), shape[0], dtype=torch.int32)
+    scale = head_dim**-0.5
+    chosen = torch.zeros(len(LENGTHS), heads, case.block_table.shape[1] * block_size // 16, dtype=torch.uint8)
+    taken = torch.zeros(len(LENGTHS), heads, dtype=torch.int32)
     launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, **policy}
-    out = cuda.quest_decode(case.query, *caches, *rows, top_p=shares, chosen=chosen, taken=taken, **launch)
+    counts = {"chosen": chosen, "taken": taken}
+    out = cuda.quest_decode(case.query, *caches, *rows, softcap=softcap, top_p=shares, **counts, **launch)
 
     launch.pop("warps")
     scores = cuda.score_pages(case.query, case.views.summaries, *rows[:2], **launch)
@@ -107,14 +124,16 @@ def test_choice_and_output(
     pages = reference.select_pages(scores, *rows[1:], **budgets)
     flags = cuda._as_flags(pages, chosen.shape[-1])
     choosing = torch.tensor([budget < 2**30 or top_p is not None for budget in BUDGETS])
-    assert (chosen[choosing] != flags[choosing]).sum() <= (0 if top_p is None else 1)  # at the share itself, by rounding
+    assert (chosen[choosing] != flags[choosing]).sum() <= (
+        0 if top_p is None else 1
+    )  # at the share itself, by rounding
     assert torch.equal(taken, torch.where(choosing[:, None], chosen.sum(-1), flags.sum(-1)).int())
     attended = torch.where(choosing[:, None, None], chosen, flags)
     listed = cuda._as_list(attended, chosen.shape[-1])
 
     def attend(of: PagedCase) -> torch.Tensor:
         return reference.sparse_paged_attention(
-            of.query, of.views.keys, of.views.values, *rows[:2], listed, page_size=16, scale=scale
+            of.query, of.views.keys, of.views.values, *rows[:2], listed, page_size=16, scale=scale, softcap=softcap
         )
 
     assert_near(out, case, attend)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def build(source: str, head_dim: int, folder: Path, warps: int = 8) -> ctypes.CDLL:
-    """Compile ``source`` of this folder into ``folder``, for ``warps`` a CTA; skips the test where CUDA's headers lack."""
+    """Compile ``source`` of this folder into ``folder``, for CTAs of ``warps``; skips the test where CUDA lacks."""
     try:
         headers = Path(shutil.which(cuda_build.find_nvcc()[0]) or "").resolve().parent.parent / "include"
     except KernelsUnavailable as error:

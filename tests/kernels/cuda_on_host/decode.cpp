@@ -61,17 +61,25 @@ static const DecodeParams* params;
 Shared& shared_on_host() { return *reinterpret_cast<Shared*>(Cluster::shared()); }
 char* window_on_host() { return Cluster::shared() + sizeof(Shared); }
 
-template <template <typename, int, int> class Estimate>
+template <typename T, int kHeadTiles, template <typename, int, int> class Estimate>
 static void decode() {
-  quest_decode_kernel<__nv_bfloat16, QUEST_HEAD_DIM, 1, Estimate>(*params);
+  quest_decode_kernel<T, QUEST_HEAD_DIM, kHeadTiles, Estimate>(*params);
+}
+
+static void (*kernel_of(const DecodeParams& p, bool bfloat16))() {
+  if (p.page_summary == kKeyCodes) {
+    return p.rows <= 4 ? decode<__nv_bfloat16, 1, PairedCodes> : decode<__nv_bfloat16, 1, SingleCodes>;
+  }
+  if (!bfloat16) return decode<__half, 1, BoxEstimate>;
+  return p.rows <= 8 ? decode<__nv_bfloat16, 1, BoxEstimate> : decode<__nv_bfloat16, 2, BoxEstimate>;
 }
 
 }  // namespace quest
 
-extern "C" int quest_decode_on_host(const quest::DecodeParams* p, int backwards) {
+extern "C" int quest_decode_on_host(const quest::DecodeParams* p, int bfloat16, int backwards) {
   using namespace quest;
   params = p;
-  const auto run = p->page_summary == kMinMax ? decode<BoxEstimate> : p->rows <= 4 ? decode<PairedCodes> : decode<SingleCodes>;
+  const auto run = kernel_of(*p, bfloat16);
   constexpr int D = QUEST_HEAD_DIM;
   const int planes = p->reduction == kMass ? p->rows : 1;
   const size_t scores = p->score_scratch ? 0 : sizeof(float) * planes * p->plane_pages;
