@@ -279,7 +279,7 @@ class CodeEstimate {
 
   // Where a lane's steps of a run are in a page, a multiple of kPages from a multiple of four; `lane_at`: in the first of
   // these, or the second, where that one is the lane's.
-  __device__ __forceinline__ static int with(int lane_at, int page, int run) {
+  __device__ __forceinline__ static int step_place(int lane_at, int page, int run) {
     const int moved = permuted(page, 32 * run);
     return D == 128 ? lane_at + moved : lane_at ^ moved;  // no bit is set in both
   }
@@ -300,7 +300,7 @@ class CodeEstimate {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int first = (product + i) * kPages;  // of the product's pages
-          const uint2 steps = *reinterpret_cast<const uint2*>(from + first * 4 * D + with(steps_at, first, run));
+          const uint2 steps = *reinterpret_cast<const uint2*>(from + first * 4 * D + step_place(steps_at, first, run));
           weights[i][0] = weigh<0>(steps.x, 4 * run), weights[i][1] = weigh<1>(steps.x, 4 * run + 1);
           weights[i][2] = weigh<0>(steps.y, 4 * run + 2), weights[i][3] = weigh<1>(steps.y, 4 * run + 3);
 #pragma unroll
