@@ -20,7 +20,7 @@ def nvcc() -> list[str]:
 
 @pytest.mark.parametrize(("source", "warps"), [("quest_decode.cu", 16), ("write_kv.cu", 8)])
 def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, warps: int, tmp_path) -> None:
-    """As most models have them, and with as few registers as there are: what attention's loop spills, it reads again."""
+    """As most models run them, with the fewest registers: what attention's loop spills, it reads again."""
     path = build_tools.source_dir("cuda") / source
     options = ["-Xptxas=-v", "-DQUEST_HEAD_DIM=128", f"-DQUEST_WARPS={warps}"]
     command = [*nvcc, *cuda_build.FLAGS, *options, "-cubin", str(path), "-o"]
@@ -29,7 +29,7 @@ def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, warps: i
     spills = [
         int(line.split(" bytes spill stores")[0].split()[-1]) for line in done.stderr.splitlines() if "spill" in line
     ]
-    assert spills and max(spills) <= 64, done.stderr
+    assert spills and max(spills) <= 96, done.stderr
 
 
 def test_library_loads_and_parameters_have_the_same_size(nvcc: list[str], tmp_path, monkeypatch) -> None:
