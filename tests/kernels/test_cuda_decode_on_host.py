@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from quest_vllm.ops import cuda, reference
 from tests.kernels.cuda_on_host import build
@@ -54,9 +56,14 @@ def on_host(
     cuda._plan.cache_clear()
 
 
-def make(shape: tuple[int, ...], page_summary: str, dtype: torch.dtype = torch.bfloat16) -> PagedCase:
+def make(
+    shape: tuple[int, ...],
+    page_summary: str,
+    dtype: torch.dtype = torch.bfloat16,
+    lengths: Sequence[int] = LENGTHS,
+) -> PagedCase:
     heads, group, dim, block = shape
-    case = make_case(LENGTHS, num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=dtype)
+    case = make_case(list(lengths), num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=dtype)
     caches = (case.views.keys, case.views.summaries)
     reference.update_page_summaries(*caches, case.slots(), page_size=16, page_summary=page_summary)
     return case
@@ -93,26 +100,64 @@ def test_scores(shape: tuple[int, ...], size: float, policy: dict[str, Any]) -> 
 def test_choice_and_output(
     shape: tuple[int, ...], cluster: int, warps: int, policy: dict[str, Any], top_p: float | None
 ) -> None:
-    check(make(shape, policy["page_summary"]), cluster, warps, policy, top_p)
+    check(make(shape, policy["page_summary"]), BUDGETS, policy, cluster, warps, top_p)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 70)), min_size=1, max_size=3),
+    group=st.sampled_from([1, 3, 4, 6, 8]),
+    policy=st.sampled_from([CODES, BOXES, CODES | {"group_reduction": "per_query_head"}]),
+    cluster=st.integers(1, 8),
+)
+@pytest.mark.usefixtures("on_host")
+def test_any_lengths_and_budgets(rows: list[tuple[int, int]], group: int, policy: dict[str, Any], cluster: int) -> None:
+    lengths, budgets = zip(*rows, strict=True)
+    check(make((1, group, 128, 16), policy["page_summary"], lengths=lengths), budgets, policy, cluster)
+
+
+@pytest.mark.parametrize("policy", [CODES, BOXES])
+@pytest.mark.usefixtures("on_host")
+def test_a_row_does_not_see_its_neighbours(policy: dict[str, Any]) -> None:
+    case = make(SHAPES[0], policy["page_summary"])
+    caches = (case.views.keys, case.views.values, case.views.summaries)
+    budgets = torch.tensor(BUDGETS, dtype=torch.int32)
+    options = {"page_size": 16, "scale": 0.09, "cluster_size": 3, "warps": 8, **policy}
+
+    def decode(rows: slice) -> torch.Tensor:
+        return cuda.quest_decode(
+            case.query[rows], *caches, case.block_table[rows], case.seq_lens[rows], budgets[rows], **options
+        )
+
+    together = decode(slice(None))
+    for row in range(len(LENGTHS)):
+        assert torch.equal(decode(slice(row, row + 1))[0], together[row])
 
 
 @pytest.mark.parametrize(("group", "dtype"), [(12, torch.bfloat16), (4, torch.float16)])
 @pytest.mark.usefixtures("on_host")
 def test_more_heads_and_float16_with_a_softcap(group: int, dtype: torch.dtype) -> None:
-    check(make((1, group, 64, 16), "min_max", dtype), 2, 8, BOXES, None, softcap=3.0)
+    check(make((1, group, 64, 16), "min_max", dtype), BUDGETS, BOXES, softcap=3.0)
 
 
 def check(
-    case: PagedCase, cluster: int, warps: int, policy: dict[str, Any], top_p: float | None, softcap: float = 0.0
+    case: PagedCase,
+    page_budgets: Sequence[int],
+    policy: dict[str, Any],
+    cluster: int = 2,
+    warps: int = 8,
+    top_p: float | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """The fused launch chooses what the reference chooses by the scores of the stage alone, and attends to that."""
-    heads, head_dim, block_size = case.views.keys.shape[1], case.query.shape[2], case.views.keys.shape[2]
+    count, head_dim, block_size = len(page_budgets), case.query.shape[2], case.views.keys.shape[2]
+    heads = case.query.shape[1] if policy["group_reduction"] == "per_query_head" else case.views.keys.shape[1]
     caches = (case.views.keys, case.views.values, case.views.summaries)
-    rows = (case.block_table, case.seq_lens, torch.tensor(BUDGETS, dtype=torch.int32))
-    shares = None if top_p is None else torch.full((len(LENGTHS),), top_p)
+    rows = (case.block_table, case.seq_lens, torch.tensor(page_budgets, dtype=torch.int32))
+    shares = None if top_p is None else torch.full((count,), top_p)
     scale = head_dim**-0.5
-    chosen = torch.zeros(len(LENGTHS), heads, case.block_table.shape[1] * block_size // 16, dtype=torch.uint8)
-    taken = torch.zeros(len(LENGTHS), heads, dtype=torch.int32)
+    chosen = torch.zeros(count, heads, case.block_table.shape[1] * block_size // 16, dtype=torch.uint8)
+    taken = torch.zeros(count, heads, dtype=torch.int32)
     launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, **policy}
     counts = {"chosen": chosen, "taken": taken}
     out = cuda.quest_decode(case.query, *caches, *rows, softcap=softcap, top_p=shares, **counts, **launch)
@@ -123,10 +168,9 @@ def check(
     budgets = {"page_size": 16, "max_page_budget": chosen.shape[-1], "top_p": shares, "mass_scale": unit}
     pages = reference.select_pages(scores, *rows[1:], **budgets)
     flags = cuda._as_flags(pages, chosen.shape[-1])
-    choosing = torch.tensor([budget < 2**30 or top_p is not None for budget in BUDGETS])
-    assert (chosen[choosing] != flags[choosing]).sum() <= (
-        0 if top_p is None else 1
-    )  # at the share itself, by rounding
+    choosing = (rows[2] < -(-case.seq_lens // 16)) | (top_p is not None)
+    by_rounding = 0 if top_p is None else 1  # where the share is reached to the last bit
+    assert (chosen[choosing] != flags[choosing]).sum() <= by_rounding
     assert torch.equal(taken, torch.where(choosing[:, None], chosen.sum(-1), flags.sum(-1)).int())
     attended = torch.where(choosing[:, None, None], chosen, flags)
     listed = cuda._as_list(attended, chosen.shape[-1])
