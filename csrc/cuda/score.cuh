@@ -144,11 +144,8 @@ class PageScorer {
       score[c] = p_.reduction == kMean ? 0.f : -INFINITY;
 #pragma unroll
       for (int tile = 0; tile < kHeadTiles; ++tile) {
-        const bool used = tile * 8 + n < p_.rows;
-        const float value = values[tile][c];
-        if (used) {
-          score[c] = p_.reduction == kMean ? score[c] + value : nan_max(score[c], value);
-        }
+        if (tile * 8 + n >= p_.rows) continue;
+        score[c] = p_.reduction == kMean ? score[c] + values[tile][c] : nan_max(score[c], values[tile][c]);
       }
     }
     const float weight = p_.reduction == kMean ? 1.f / p_.rows : 1.f;
@@ -168,6 +165,7 @@ class PageScorer {
     if (n == 0) *reinterpret_cast<float2*>(buffer_ + i) = make_float2(score[0], score[1]);
   }
 
+  // The same for kMass, each head in its plane; a NaN is its own page's only. There is room for a page past the last.
   __device__ __forceinline__ void store_masses(const float (&values)[kHeadTiles][2], int i) {
     const float unit = (Estimate::kScaled ? 1.f : p_.scale) * kLog2e;
 #pragma unroll
