@@ -111,6 +111,14 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   mark(p, 5);
 }
 
+// What a CTA of a launch has in shared memory beside its Shared: the window, the inbox, and the scores if they fit.
+inline size_t dynamic_bytes(const DecodeParams& p) {
+  constexpr int D = QUEST_HEAD_DIM;
+  const int planes = p.reduction == kMass ? p.rows : 1;
+  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
+  return window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
+}
+
 #ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_decode_on_host.py
 // A launch's grid. Points into itself: not to be copied.
 struct Grid {
@@ -141,10 +149,7 @@ struct Kernel {
 
   // Launches, or, where `resident` is given, only tells how many clusters the GPU runs at a time.
   static cudaError_t launch(const DecodeParams& p, cudaStream_t stream, int* resident) {
-    constexpr int D = QUEST_HEAD_DIM;
-    const int planes = p.reduction == kMass ? p.rows : 1;
-    const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
-    const size_t bytes = window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
+    const size_t bytes = dynamic_bytes(p);
     cudaError_t error = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error == cudaSuccess && p.cluster_size > 8) {
       error = cudaFuncSetAttribute(run, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

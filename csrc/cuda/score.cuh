@@ -60,7 +60,7 @@ class PageScorer {
     const Estimate estimate(p_, row_, query, shared.query);
     if (!Estimate::kKeepsQuery) __syncthreads();  // the operands are there
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
-    uint32_t ahead = guessed ? place_of(p_, row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
+    uint32_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
     ahead = settle(0, ahead);
 #pragma unroll 1
     for (int k = -2; k < max(mine, 1); ++k) {
@@ -98,24 +98,22 @@ class PageScorer {
     const int i = index_of(group);
     if (i >= row_.count) return 0;
     const int page = row_.page(i);
-    return place_of(p_, page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
+    return place_of(page, p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)]);
   }
   // What was looked up for `group`: in a group that is not full, its first page stands for those that it lacks.
   __device__ __forceinline__ uint32_t settle(int group, uint32_t chunk) const {
     return __shfl_sync(0xFFFFFFFFu, chunk, index_of(group) < row_.count ? lane_id() : lane_id() / 8 * 8);
   }
 
-  __device__ __forceinline__ static uint32_t place_of(const DecodeParams& p, int page, int block) {
-    const int64_t elements = block * p.summary_block_stride + (page & ((1 << p.block_shift) - 1)) * p.summary_page_stride;
+  __device__ __forceinline__ uint32_t place_of(int page, int block) const {
+    const int64_t elements = block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
     return static_cast<uint32_t>(elements >> 3);
-  }
-  __device__ __forceinline__ static const char* head_of(const DecodeParams& p, int kv_head) {
-    return reinterpret_cast<const char*>(static_cast<const T*>(p.summaries) + kv_head * p.summary_head_stride);
   }
 
   __device__ __forceinline__ void fill(const Estimate& estimate, int group, int groups, uint32_t ahead) {
     if (group < groups) {
-      const char* base = head_of(p_, row_.kv_head);
+      const T* head = static_cast<const T*>(p_.summaries) + row_.kv_head * p_.summary_head_stride;
+      const char* base = reinterpret_cast<const char*>(head);
 #pragma unroll
       for (int i = 0; i < Staging<D>::kCopies; ++i) {
         const int index = (i * 32 + lane_id()) % (2 * Staging<D>::kChunks);

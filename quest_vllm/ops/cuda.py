@@ -37,7 +37,7 @@ ALL_SCORE_BYTES = 68 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
-MOST_STRIDE = 2**32
+MOST_STRIDE = 2**32  # elements of a cache; attention multiplies 32 bits by 32
 MOST_SUMMARY_BYTES = 2**36  # the kernels count chunks of 16 bytes in 32 bits
 LOG2_E = math.log2(math.e)
 CLUSTER_SIZES = (8, 4, 3, 2)  # by default: larger ones did not all find their SMs, and 6 may not in a whole model
@@ -299,10 +299,9 @@ def _set_summaries(
     params.page_summary = PAGE_SUMMARIES[page_summary]
     params.summaries = summaries.data_ptr()
     block, head, page, bound = summaries.stride()[:4]
-    if summaries.shape[0] * block * summaries.element_size() > MOST_SUMMARY_BYTES:
-        raise ValueError(
-            f"summaries: expected at most {MOST_SUMMARY_BYTES} bytes from first to last, got {summaries.shape}"
-        )
+    size = summaries.shape[0] * block * summaries.element_size()
+    if size > MOST_SUMMARY_BYTES:
+        raise ValueError(f"summaries: expected at most {MOST_SUMMARY_BYTES} bytes from first to last, got {size}")
     params.summary_block_stride, params.summary_head_stride = block, head
     params.summary_page_stride, params.summary_bound_stride = page, bound
 

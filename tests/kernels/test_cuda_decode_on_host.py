@@ -181,3 +181,23 @@ def check(
         )
 
     assert_near(out, case, attend)
+
+
+def test_what_32_bits_cannot_count_is_refused() -> None:
+    case = make((1, 1, 64, 16), "min_max", lengths=[5])
+    keys, values, summaries = case.views.keys[:1], case.views.values[:1], case.views.summaries[:1]
+    rows = (case.block_table, case.seq_lens, torch.tensor([3], dtype=torch.int32))
+
+    def apart(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+        return tensor.as_strided(tensor.shape, (elements, *tensor.stride()[1:]))
+
+    for caches, message in (
+        ((apart(keys, 2**32), values, summaries), r"key_cache: expected strides below 4294967296 elements, got"),
+        ((keys, apart(values, 2**32), summaries), r"value_cache: expected strides below 4294967296 elements, got"),
+        (
+            (keys, values, apart(summaries, 2**36)),
+            r"summaries: expected at most 68719476736 bytes .*, got 137438953472",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.quest_decode(case.query, *caches, *rows, page_size=16, scale=1.0)

@@ -21,7 +21,7 @@ SHARES = [0.05, 0.3, 0.5703, 0.9, 0.9499, 0.999]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build("select_pages.cpp", 64, tmp_path_factory.mktemp("host"))
+    return build("decode.cpp", 64, tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture
@@ -43,17 +43,16 @@ def select(library: ctypes.CDLL) -> Callable[..., tuple[torch.Tensor, torch.Tens
         query = torch.zeros(num_reqs, heads, 64, dtype=torch.bfloat16)
         cache, table = query.new_zeros(1, heads, 16, 64), torch.zeros(num_reqs, max_pages, dtype=torch.int32)
         params, _ = cuda._common(query, cache, table, lengths, budget, False, 16)
-        scratch, listed = torch.empty(cluster, max_pages + 8), torch.empty(cluster, max_pages + 8, dtype=torch.int32)
+        listed = torch.empty(num_reqs, heads, max_pages + cuda.MAX_CLUSTER, dtype=torch.int32)
         chosen = torch.zeros(num_reqs, heads, max_pages, dtype=torch.uint8)
         taken = torch.full((num_reqs, heads + 3), -7, dtype=torch.int32)[:, :heads]
         params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
-        params.score_scratch, params.plane_pages = scratch.data_ptr(), scratch.shape[1]
-        params.listed = listed.data_ptr()
+        params.listed, params.plane_pages = listed.data_ptr(), max_pages + 8
         params.sink_pages, params.recent_pages = forced
         params.set_cluster(cluster)
         cuda._set_top_p(params, top_p, cuda.LOG2_E * mass_scale)
         cuda._set_taken(params, taken)
-        assert library.select_pages_on_host(ctypes.byref(params), int(backwards)) == 0, "threads wait for ever"
+        assert library.quest_decode_on_host(ctypes.byref(params), 1, int(backwards)) == 0, "threads wait for ever"
         assert torch.equal(taken, chosen.sum(-1).int())
         return chosen.bool(), taken
 

@@ -287,9 +287,10 @@ def test_needles_are_unique_and_the_prefix_has_the_stated_length(model: hf_refer
 
 def test_texts_have_the_stated_length_and_differ(model: hf_reference.ReferenceModel) -> None:
     try:
-        found = policy_texts.texts(model.encode, 512, 16)
+        policy_texts.package_file("idlelib", "NEWS.txt")
     except FileNotFoundError as error:  # a system's Python without IDLE
         pytest.skip(str(error))
+    found = policy_texts.texts(model.encode, 512, 16)
     assert {(len(text.prefix), len(text.rows)) for text in found} == {(512, 16)}
     assert len({text.sha256 for text in found}) == len(found) == 12
 

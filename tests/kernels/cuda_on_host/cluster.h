@@ -2,6 +2,8 @@
 // where it has to wait for others. A warp, and then a CTA, goes on for as long as it can before another has its turn: who
 // relies on a barrier that is not there, fails. Barriers count the threads that have not left, as a GPU's do.
 #pragma once
+#include <optional>
+
 #include "emulate.h"
 
 inline Index gridDim;
@@ -42,13 +44,10 @@ class Cluster {
   }
 
   static void meet_block() { wait(blocks_[blockIdx.x], arrive(blocks_[blockIdx.x])); }
-  static void arrive_cluster() {
-    fibers_[current_].expected = true;
-    fibers_[current_].awaited = arrive(cluster_);
-  }
+  static void arrive_cluster() { fibers_[current_].awaited = arrive(cluster_); }
   static void wait_cluster() {
-    wait(cluster_, fibers_[current_].awaited);
-    fibers_[current_].expected = false;
+    wait(cluster_, *fibers_[current_].awaited);
+    fibers_[current_].awaited.reset();
   }
 
   template <typename T>
@@ -65,8 +64,7 @@ class Cluster {
     bool started = false, done = false;
     const Barrier* waits_for = nullptr;
     unsigned phase = 0;  // that has to end before it goes on
-    unsigned awaited = 0;  // of the cluster's barrier: the phase in which it arrived
-    bool expected = false;  // whether it has arrived, and not waited since
+    std::optional<unsigned> awaited;  // of the cluster's barrier: the phase in which it arrived, until it has waited
   };
 
   static inline std::vector<Fiber> fibers_;
@@ -133,7 +131,7 @@ class Cluster {
     leave(warps_[current_ / 32]);
     leave(blocks_[blockIdx.x]);
     // who leaves between the two steps has arrived once, and is not counted twice
-    if (fibers_[current_].expected && fibers_[current_].awaited == cluster_.phase) --cluster_.arrived;
+    if (fibers_[current_].awaited == cluster_.phase) --cluster_.arrived;
     leave(cluster_);
     _longjmp(scheduler_, 1);
   }

@@ -12,7 +12,6 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   for (int i = 0; i < 4; ++i) found |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
   return found;
 }
-inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 
 namespace quest {
 struct Shared;
@@ -32,8 +31,11 @@ static void gather(uint64_t mine, uint64_t (&all)[32]) {
   __syncwarp();
 }
 
-static float element(uint32_t two, int which, __nv_bfloat16) { return __uint_as_float(which ? two & 0xFFFF0000u : two << 16); }
-static float element(uint32_t two, int which, __half) { return Half<__half>::to_float(which ? two >> 16 : two); }
+// An operand's k-th element of sixteen in a row or column, whose first lane is `lane`.
+template <typename T>
+static float element(const uint64_t (&operand)[32], int lane, int k) {
+  return Half<T>::to_float(static_cast<uint32_t>(operand[lane + k % 8 / 2] >> k / 8 * 32 + k % 2 * 16));
+}
 
 // m16n8k16: see the PTX manual for which lane has which elements.
 template <typename T>
@@ -44,13 +46,10 @@ void mma_on_host(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t 
   gather(b0 | static_cast<uint64_t>(b1) << 32, columns);
   const int n = lane_id() / 4, t = lane_id() % 4;
   for (int c = 0; c < 4; ++c) {
-    const uint64_t* rows = c < 2 ? upper : lower;
     double sum = d[c];
     for (int k = 0; k < 16; ++k) {
-      const int lane = k % 8 / 2, shift = k / 8 * 32;
-      const float a = element(static_cast<uint32_t>(rows[n * 4 + lane] >> shift), k % 2, T());
-      const float b = element(static_cast<uint32_t>(columns[(2 * t + c % 2) * 4 + lane] >> shift), k % 2, T());
-      sum += static_cast<double>(a) * b;
+      const double row = element<T>(c < 2 ? upper : lower, n * 4, k);
+      sum += row * element<T>(columns, (2 * t + c % 2) * 4, k);
     }
     d[c] = static_cast<float>(sum);
   }
@@ -80,10 +79,7 @@ extern "C" int quest_decode_on_host(const quest::DecodeParams* p, int bfloat16, 
   using namespace quest;
   params = p;
   const auto run = kernel_of(*p, bfloat16);
-  constexpr int D = QUEST_HEAD_DIM;
-  const int planes = p->reduction == kMass ? p->rows : 1;
-  const size_t scores = p->score_scratch ? 0 : sizeof(float) * planes * p->plane_pages;
-  const size_t bytes = div_up(sizeof(Shared) + window_bytes<D>(p->rows) + inbox_bytes<D>(p->rows) + scores, 128) * 128;
+  const size_t bytes = div_up(sizeof(Shared) + dynamic_bytes(*p), 128) * 128;
   std::vector<char> memories(p->cluster_size * bytes + 128);
   char* shared = memories.data() + (128 - reinterpret_cast<uintptr_t>(memories.data()) % 128);
   gridDim.x = p->cluster_size;
