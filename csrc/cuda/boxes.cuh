@@ -15,18 +15,19 @@ class BoxEstimate {
   using Query = QueryFragment<D, kHeadTiles>;
   static constexpr bool kScaled = false;     // values are dot products
   static constexpr bool kKeepsQuery = true;  // in its registers
+  static constexpr int kPageBytes = 2 * D;   // from a page to the next in the warp's window, which has rows
 
   __device__ __forceinline__ BoxEstimate(const DecodeParams& p, const Row&, const Query& query, uint4*)
       : p_(p), query_(query) {}
 
-  // The `index`-th 16 bytes of a page: where they lie in memory, in bytes, and where in the warp's window. k_min of
-  // the page goes to rows 0-7, k_max to rows 8-15.
-  __device__ __forceinline__ int64_t source(int index) const {
-    return index / Staging<D>::kChunks * p_.summary_bound_stride * 2 + index % Staging<D>::kChunks * 16;
+  // A page is copied in runs of 128 bytes, 16 a lane: where a run lies in memory, in bytes from the page's start, and where
+  // this lane's part of it, the lane % 8-th, goes in the warp's window. k_min goes to rows 0-7, k_max to rows 8-15.
+  __device__ __forceinline__ int64_t source(int run) const {
+    return run / kRuns * p_.summary_bound_stride * 2 + run % kRuns * 128;
   }
-  __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int index) {
-    const int row = index / Staging<D>::kChunks * 8 + page;
-    return staging.half(half) + Staging<D>::template place<KeyLayout>(row, index % Staging<D>::kChunks);
+  __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int run) {
+    const int row = Staging<D>::template place<KeyLayout>(page, lane_id() % 8);
+    return staging.half(half) + Staging<D>::template place_beyond<KeyLayout>(row, run / kRuns * 8, run % kRuns * 8);
   }
 
   // values[tile]: of head n for pages 2t and 2t + 1 of the eight in `half`.
@@ -48,6 +49,8 @@ class BoxEstimate {
   }
 
  private:
+  static constexpr int kRuns = D / 64;  // of a row
+
   // Rows 0-7 gather the upper bound, rows 8-15 the lower one.
   __device__ __forceinline__ static void bound(float (&sums)[2][4], uint4 q, uint4 low, uint4 high) {
     const uint32_t pos[4] = {positive_part(q.x), positive_part(q.y), positive_part(q.z), positive_part(q.w)};

@@ -25,12 +25,14 @@ class CodeEstimate {
   using Query = QueryFragment<D, kHeadTiles>;
   static constexpr bool kScaled = true;       // values are natural logarithms of a mass
   static constexpr bool kKeepsQuery = false;  // its registers are better used
+  static constexpr int kPageBytes = 4 * D;
 
-  // `operands`: room in shared memory, kQueryOperands of them, for what all warps multiply by. The caller's barrier.
+  // `operands`: room in shared memory, kQueryOperands of them, for what all warps multiply by. All threads of the CTA call it.
   __device__ __forceinline__ CodeEstimate(const DecodeParams& p, const Row& row, const Query& query, uint4* operands)
       : p_(p), operands_(operands) {
     if (warp_id() == 0) leave_operands(query, operands);
-    const float largest = load(query);
+    __syncthreads();
+    const float largest = load();
     // 2^shift times the largest channel is between 2^5 and 2^6, and 448 times that still a float16
     const int shift = 5 - max(-90, min(90, static_cast<int>(__float_as_uint(largest) >> 23) - 127));
     unit_ = p.scale * kLog2e * power_of_two(24 - shift);
@@ -48,9 +50,11 @@ class CodeEstimate {
     }
   }
 
-  __device__ __forceinline__ static int64_t source(int index) { return index * 16; }
-  __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int index) {
-    return index * 16 < kCodes ? at(staging, half, page, index * 16) : page_of(staging, half, page) + index * 16;
+  // As in BoxEstimate.
+  __device__ __forceinline__ static int64_t source(int run) { return run * 128; }
+  __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int run) {
+    const int lane = lane_id() % 8 * 16;
+    return page_of(staging, half, page) + 128 * run + (128 * run < kCodes ? permuted(page, lane) : lane ^ (128 * run - kCodes) / 128 % 2 * 32);
   }
 
   // values[0]: of head n for pages 2t and 2t + 1 of the eight in `half`, the CTA's pages from `first` on.
@@ -75,9 +79,17 @@ class CodeEstimate {
   static constexpr int kPages = kPaired ? 2 : 1;  // that share a product's columns
   static constexpr int kProducts = 4;             // whose masses are summed side by side
   static constexpr int kTogether = kProducts * kPages;
-  static constexpr int kRuns = D / 64;            // of eight pairs a lane: 32 r + 8 t .. + 7
-  static constexpr int kPairs = kRuns * 4;        // words of two pairs a lane
   static constexpr int kStep = D, kRest = D * 3 / 2, kCodes = 2 * D;  // bytes into a page
+  // Of every 64 pairs a lane takes 16, whose codes are two bytes of each half of a word; of 32, where there are no more, 8.
+  static constexpr int kEights = D == 64 ? 1 : 2;
+  static constexpr int kBlocks = D / 64 / kEights;
+  static constexpr int kPairs = D / 16;  // words of two pairs a lane
+
+  // The first of this lane's pairs in a block.
+  __device__ __forceinline__ static int first_pair(int block) {
+    const int t = lane_id() % 4;
+    return kEights == 1 ? 8 * t : 64 * block + t % 2 * 32 + t / 2 * 16;
+  }
 
   // Of a product's pages, the one whose steps this lane's column has, and the one whose masses the lane sums.
   __device__ __forceinline__ static int column_page() { return kPaired ? lane_id() / 16 : 0; }
@@ -87,47 +99,45 @@ class CodeEstimate {
   __device__ __forceinline__ static float kept(const float (&own)[2], int c) {
     const int n = lane_id() / 4, t = lane_id() % 4;
     if (kPaired) return __shfl_sync(0xFFFFFFFFu, own[0], (t + n % 2 * 4) * 4 + n / 2 % 2 + 2 * c);
-    const float even = __shfl_sync(0xFFFFFFFFu, own[0], (2 * t + c) * 4 + n / 2);
-    const float odd = __shfl_sync(0xFFFFFFFFu, own[1], (2 * t + c) * 4 + n / 2);
-    return n % 2 == 0 ? even : odd;
+    const int from = (t % 2 * 2 + c + n % 2 * 4) * 4 + n / 2;
+    const float early = __shfl_sync(0xFFFFFFFFu, own[0], from), late = __shfl_sync(0xFFFFFFFFu, own[1], from);
+    return t < 2 ? early : late;
   }
 
   __device__ __forceinline__ static float power_of_two(int exponent) {
     return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
   }
 
-  // Operand A of `share`, as its lanes take it: the heads are rows 0-7.
+  // Operand A of `share`, as its lanes take it: the heads are rows 0-7. What lane (n, t) has of the query is a run's pairs
+  // from 32 run + 8 t on.
   __device__ __forceinline__ static void leave_operands(const Query& query, uint4* operands) {
+    const int t = lane_id() % 4;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
+    for (int run = 0; run < D / 64; ++run) {
       const uint4 first = channels<0>(query, run), second = channels<1>(query, run);
+      const int eight = kEights == 1 ? 0 : run / 2 * 2 + t % 2;
+      const int lane = kEights == 1 ? lane_id() : lane_id() / 2 * 2 + run % 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        operands[(4 * run + i) * 32 + lane_id()] = make_uint4((&first.x)[i], 0, (&second.x)[i], 0);
+        operands[(4 * eight + i) * 32 + lane] = make_uint4((&first.x)[i], 0, (&second.x)[i], 0);
       }
     }
   }
 
-  // Both channels of this lane's pairs, as they are; returns the heads' largest magnitude.
-  __device__ __forceinline__ float load(const Query& query) {
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      const uint4 first = channels<0>(query, run), second = channels<1>(query, run);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum_[4 * run + i] = of_column((&first.x)[i]), difference_[4 * run + i] = of_column((&second.x)[i]);
-      }
-    }
+  // Both channels of the pairs of this lane's column, as they are; returns the heads' largest magnitude.
+  __device__ __forceinline__ float load() {
     float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const uint4 two = operands_[32 * i + (kPaired ? lane_id() % 16 : lane_id())];
+      sum_[i] = two.x, difference_[i] = two.z;
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float2 a = unpack(sum_[i]), b = unpack(difference_[i]);
       largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
     }
     return __uint_as_float(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)));
-  }
-  __device__ __forceinline__ static uint32_t of_column(uint32_t value) {
-    return kPaired ? __shfl_sync(0xFFFFFFFFu, value, lane_id() % 16) : value;
   }
 
   // The first or second channels of a run's eight pairs: QueryFragment has them in this lane, unless D is 64.
@@ -154,11 +164,11 @@ class CodeEstimate {
   }
 
   __device__ __forceinline__ static char* page_of(const Staging<D>& staging, int half, int page) {
-    return staging.base + half * Staging<D>::kHalfBytes + page * 4 * D;
+    return staging.half(half) + page * kPageBytes;
   }
-  // Bytes before the codes. Chunks of 16 are permuted so that neither eight lanes' chunks nor sixteen lanes' halves of
-  // one, of as many pages, meet in a bank.
-  __device__ __forceinline__ static int permuted(int page, int byte) { return byte ^ ((page & 1) << 6 | (page & 2) << 4); }
+  // Bytes before the codes. Chunks of 16 are permuted so that those that four lanes read of a page, neighbours or every
+  // other one, and four more of the next page, do not meet in a bank.
+  __device__ __forceinline__ static int permuted(int page, int byte) { return byte ^ (page & 1) * 0x50; }
   __device__ __forceinline__ static char* at(const Staging<D>& staging, int half, int page, int byte) {
     return page_of(staging, half, page) + permuted(page, byte);
   }
@@ -207,60 +217,45 @@ class CodeEstimate {
     }
   }
 
-  // A page's mass is log2 of the sum, over its tokens, of 2^(what each adds to what all share). All lanes of equal t sum
-  // those of pages `page` + i kPages + summed_page(), for two heads: 2 t + c, t counting from 0 again in the second page of
-  // a pair. Of eight pages, lane (n, t) keeps those of its summed_page() in the n % 4-th pair, of the first head for n
-  // below 4; or, where columns are not paired, both heads' of the n-th page.
+  // A page's mass is log2 of the sum, over its tokens, of 2^(what each adds to what all share). All lanes of equal t have
+  // tokens of pages `page` + i kPages + summed_page() and two heads: 2 t + c, t counting from 0 again in the second page of a
+  // pair. Of these eight masses, lane (n, t) keeps the one of the n % 4-th product and head n / 4.
   __device__ __forceinline__ void keep_masses(const float (&logit)[kProducts][2][2], int page, float (&own)[2]) const {
-    float peak[kProducts][2], mass[kProducts][2];
-    // what the first token adds is at hand, and nearly always near enough to the greatest to stand for it
-#pragma unroll
-    for (int i = 0; i < 2 * kProducts; ++i) {
-      peak[i / 2][i % 2] = __shfl_sync(0xFFFFFFFFu, logit[i / 2][i % 2][0], lane_id() % 4) * unit_;
+    const float none[kProducts][2] = {};
+    const float mass = sum_tokens(logit, none);
+    float log = log2_fast(mass);
+    const bool sound = mass > 0x1p-100f && mass < 0x1p120f;
+    if (__any_sync(0xFFFFFFFFu, !sound)) {
+      const float again = by_greatest(logit);  // by all lanes
+      log = sound ? log : again;
     }
-    sum_tokens(logit, peak, mass);
-    float all = 0.f;
-#pragma unroll
-    for (int i = 0; i < 2 * kProducts; ++i) all += mass[i / 2][i % 2];
-    if (__any_sync(0xFFFFFFFFu, !(all < INFINITY))) take_greatest(logit, peak, mass);
-    const int n = lane_id() / 4;
-    float logs[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) logs[c] = own_of(peak, c) + log2_fast(own_of(mass, c));
-    if (kPaired) {
-      own[0] = n < 4 ? logs[0] : logs[1];
-    } else if (n / 4 == page / 4) {
-      own[0] = logs[0], own[1] = logs[1];
-    }
-  }
-  // The n % 4-th product's. Not by a subscript: the array would leave the registers.
-  __device__ __forceinline__ static float own_of(const float (&of)[kProducts][2], int c) {
-    const bool odd = lane_id() & 4, upper = lane_id() & 8;
-    const float low = odd ? of[1][c] : of[0][c], high = odd ? of[3][c] : of[2][c];
-    return upper ? high : low;
+    own[kPaired ? 0 : page / 4] = log;
   }
 
-  __device__ __forceinline__ void sum_tokens(const float (&logit)[kProducts][2][2], const float (&peak)[kProducts][2],
-                                             float (&mass)[kProducts][2]) const {
+  // Sums over n, of which three bits say what a lane keeps: each step leaves half as many sums.
+  __device__ __forceinline__ float sum_tokens(const float (&logit)[kProducts][2][2], const float (&peak)[kProducts][2]) const {
+    float mass[kProducts][2];
 #pragma unroll
     for (int i = 0; i < 2 * kProducts; ++i) {
       const float(&two)[2] = logit[i / 2][i % 2];
       const float shift = peak[i / 2][i % 2];
       mass[i / 2][i % 2] = exp2_fast(two[0] * unit_ - shift) + exp2_fast(two[1] * unit_ - shift);
     }
+    float left[kProducts];
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-#pragma unroll
-      for (int i = 0; i < 2 * kProducts; ++i) {
-        mass[i / 2][i % 2] += __shfl_xor_sync(0xFFFFFFFFu, mass[i / 2][i % 2], step);
-      }
-    }
+    for (int i = 0; i < kProducts; ++i) left[i] = halved<16>(mass[i][0], mass[i][1]);
+    return halved<4>(halved<8>(left[0], left[2]), halved<8>(left[1], left[3]));
+  }
+  // Of two sums this lane's and its partner's part of one, the second where `kBit` of the lane's number is set.
+  template <int kBit>
+  __device__ __forceinline__ static float halved(float first, float second) {
+    const bool set = (lane_id() & kBit) != 0;
+    return (set ? second : first) + __shfl_xor_sync(0xFFFFFFFFu, set ? first : second, kBit);
   }
 
-  // Sums again, by the tokens' greatest, what is no number or too large. Other pages' masses stay as they are.
-  __device__ __forceinline__ void take_greatest(const float (&logit)[kProducts][2][2], float (&peak)[kProducts][2],
-                                                float (&mass)[kProducts][2]) const {
-    float greatest[kProducts][2], again[kProducts][2];
+  // The mass that this lane keeps, where powers of two do not hold it: over the greatest of its tokens.
+  __device__ __forceinline__ float by_greatest(const float (&logit)[kProducts][2][2]) const {
+    float greatest[kProducts][2];
 #pragma unroll
     for (int i = 0; i < 2 * kProducts; ++i) {
       float& most = greatest[i / 2][i % 2];
@@ -269,55 +264,67 @@ class CodeEstimate {
       for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, step));
       most = fminf(most * unit_, 1e38f);  // infinity less itself is no number
     }
-    sum_tokens(logit, greatest, again);
+    const float mass = sum_tokens(logit, greatest);
+    // not by a subscript: the array would leave the registers
+    float own[kProducts];
 #pragma unroll
-    for (int i = 0; i < 2 * kProducts; ++i) {
-      if (mass[i / 2][i % 2] < INFINITY) continue;
-      peak[i / 2][i % 2] = greatest[i / 2][i % 2], mass[i / 2][i % 2] = again[i / 2][i % 2];
-    }
+    for (int i = 0; i < kProducts; ++i) own[i] = lane_id() & 16 ? greatest[i][1] : greatest[i][0];
+    const float even = lane_id() & 8 ? own[2] : own[0], odd = lane_id() & 8 ? own[3] : own[1];
+    return (lane_id() & 4 ? odd : even) + log2_fast(mass);
   }
 
-  // Where a lane's steps of a run are in a page, a multiple of kPages from a multiple of four; `lane_at`: in the first of
-  // these, or the second, where that one is the lane's.
-  __device__ __forceinline__ static int step_place(int lane_at, int page, int run) {
-    const int moved = permuted(page, 32 * run);
-    return D == 128 ? lane_at + moved : lane_at ^ moved;  // no bit is set in both
+  struct Steps {
+    uint32_t of[2 * kEights];  // four steps each
+  };
+  __device__ __forceinline__ static Steps read_steps(const char* place) {
+    Steps steps;
+    if constexpr (kEights == 1) {
+      const uint2 two = *reinterpret_cast<const uint2*>(place);
+      steps.of[0] = two.x, steps.of[1] = two.y;
+    } else {
+      const uint4 four = *reinterpret_cast<const uint4*>(place);
+      steps.of[0] = four.x, steps.of[1] = four.y, steps.of[2] = four.z, steps.of[3] = four.w;
+    }
+    return steps;
   }
 
   // Products of kTogether pages, two of them side by side: a chain of dependent ones alone would be waited for.
   __device__ __forceinline__ void logits(const Staging<D>& staging, int half, int page, float (&logit)[kProducts][2][2]) const {
     const int n = lane_id() / 4, t = lane_id() % 4;
     const char* from = page_of(staging, half, page);
-    const int steps_at = permuted(column_page(), kStep + 8 * t) + column_page() * 4 * D;
-    const int codes_at = kCodes + 64 * (t / 2) + 8 * n;
+    const int codes_at = kCodes + t / 2 * 64 + (kEights == 1 ? 8 * n : t % 2 * 128 + (8 * n ^ t % 2 * 32));
 #pragma unroll
     for (int product = 0; product < kProducts; product += 2) {
       float sums[2][kPages][4] = {};  // row n, token 2n: columns 2t and 2t + 1; row n + 8, token 2n + 1: the same
 #pragma unroll
-      for (int run = 0; run < kRuns; ++run) {
-        uint32_t weights[2][4];
+      for (int block = 0; block < kBlocks; ++block) {
+        uint32_t weights[2][4 * kEights];
         uint2 words[2][kPages];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int first = (product + i) * kPages;  // of the product's pages
-          const uint2 steps = *reinterpret_cast<const uint2*>(from + first * 4 * D + step_place(steps_at, first, run));
-          weights[i][0] = weigh<0>(steps.x, 4 * run), weights[i][1] = weigh<1>(steps.x, 4 * run + 1);
-          weights[i][2] = weigh<0>(steps.y, 4 * run + 2), weights[i][3] = weigh<1>(steps.y, 4 * run + 3);
+          const int steps_at = column_page() * kPageBytes + permuted(first + column_page(), kStep + first_pair(block));
+          const Steps steps = read_steps(from + first * kPageBytes + steps_at);
+#pragma unroll
+          for (int w = 0; w < 2 * kEights; ++w) {
+            const int pairs = 4 * kEights * block + 2 * w;
+            weights[i][2 * w] = weigh<0>(steps.of[w], pairs), weights[i][2 * w + 1] = weigh<1>(steps.of[w], pairs + 1);
+          }
 #pragma unroll
           for (int k = 0; k < kPages; ++k) {
-            words[i][k] = *reinterpret_cast<const uint2*>(from + (first + k) * 4 * D + codes_at + 128 * run);
-            words[i][k].x >>= 8 * (t % 2), words[i][k].y >>= 8 * (t % 2);
+            words[i][k] = *reinterpret_cast<const uint2*>(from + (first + k) * kPageBytes + codes_at + 256 * block);
+            if (kEights == 1) words[i][k].x >>= 8 * (t % 2), words[i][k].y >>= 8 * (t % 2);
           }
         }
 #pragma unroll
-        for (int m = 0; m < 4; m += 2) {
-          const uint32_t low = 0x00030003u << 2 * m, high = 0x000C000Cu << 2 * m;
+        for (int m = 0; m < 4 * kEights; m += 2) {
+          const uint32_t low = 0x00030003u << m % 4 * 2, high = 0x000C000Cu << m % 4 * 2;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
 #pragma unroll
             for (int k = 0; k < kPages; ++k) {
-              const uint2 two = words[i][k];
-              Half<__half>::mma(sums[i][k], two.x & low, two.y & low, two.x & high, two.y & high, weights[i][m], weights[i][m + 1]);
+              const uint32_t x = words[i][k].x >> m / 4 * 8, y = words[i][k].y >> m / 4 * 8;
+              Half<__half>::mma(sums[i][k], x & low, y & low, x & high, y & high, weights[i][m], weights[i][m + 1]);
             }
           }
         }
@@ -336,17 +343,20 @@ class CodeEstimate {
 
   // The products with what each page's tokens share: rows the heads, columns the pages.
   __device__ __forceinline__ void share(const Staging<D>& staging, int half, float (&sums)[4]) const {
-    const int page = lane_id() / 4, t = lane_id() % 4;
+    const int page = lane_id() / 4;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      const uint4 base = Staging<D>::read(at(staging, half, page, 64 * run + 16 * t));
-      const uint2 steps = *reinterpret_cast<const uint2*>(at(staging, half, page, kStep + 32 * run + 8 * t));
-      const uint2 rest = *reinterpret_cast<const uint2*>(at(staging, half, page, kRest + 32 * run + 8 * t));
-      const uint4* query = operands_ + 4 * run * 32 + lane_id();
-      share_pairs<0>(sums, query[0], steps.x, base.x, rest.x);
-      share_pairs<1>(sums, query[32], steps.x, base.y, rest.x);
-      share_pairs<0>(sums, query[64], steps.y, base.z, rest.y);
-      share_pairs<1>(sums, query[96], steps.y, base.w, rest.y);
+    for (int block = 0; block < kBlocks; ++block) {
+      const Steps steps = read_steps(at(staging, half, page, kStep + first_pair(block)));
+      const Steps rest = read_steps(at(staging, half, page, kRest + first_pair(block)));
+#pragma unroll
+      for (int eight = 0; eight < kEights; ++eight) {
+        const uint4 base = Staging<D>::read(at(staging, half, page, 2 * first_pair(block) + 16 * eight));
+        const uint4* query = operands_ + 4 * (block * kEights + eight) * 32 + lane_id();
+        share_pairs<0>(sums, query[0], steps.of[2 * eight], base.x, rest.of[2 * eight]);
+        share_pairs<1>(sums, query[32], steps.of[2 * eight], base.y, rest.of[2 * eight]);
+        share_pairs<0>(sums, query[64], steps.of[2 * eight + 1], base.z, rest.of[2 * eight + 1]);
+        share_pairs<1>(sums, query[96], steps.of[2 * eight + 1], base.w, rest.of[2 * eight + 1]);
+      }
     }
   }
   template <int kUpper>

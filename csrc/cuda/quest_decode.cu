@@ -31,9 +31,12 @@ __host__ __device__ constexpr int inbox_bytes(int rows) {
   return (rows * D / 2 + kMaxCluster) * static_cast<int>(sizeof(float2));
 }
 
+__host__ __device__ __forceinline__ int num_planes(const DecodeParams& p) { return p.reduction == kMass ? p.rows : 1; }
+
 template <typename T, int D, int kHeadTiles, template <typename, int, int> class Estimate>
 __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D <= 128 ? 2 : 1) quest_decode_kernel(const __grid_constant__ DecodeParams p) {
-  // window: the warps' staging halves, later the merge; then the scores
+  // window: the warps' staging halves, later the merge; then the scores; then the inbox, which takes the place of the planes
+  // that become one: the selection's barriers lie between
 #ifdef QUEST_ON_HOST
   Shared& shared = shared_on_host();
   char* window = window_on_host();
@@ -53,12 +56,13 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   const Row row = Row::make(p);
   if (row.rank >= row.size) return;  // a barrier counts those that have not left
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
-  float* inbox = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
-  float* buffer = reinterpret_cast<float*>(reinterpret_cast<char*>(inbox) + inbox_bytes<D>(p.rows));
+  float* buffer = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
+  float* inbox = buffer;
   const int share = row.per_cta(row.total) + 1;  // a CTA owns at most so many pages
   if (p.score_scratch != nullptr) {
-    const int planes = p.reduction == kMass ? p.rows : 1;
-    buffer = p.score_scratch + row_index * planes * p.plane_pages + row.rank * (div_up(share, 8) * 8);
+    buffer = p.score_scratch + row_index * num_planes(p) * p.plane_pages + row.rank * (div_up(share, 8) * 8);
+  } else {
+    inbox += p.plane_pages;
   }
   PageSelector::clear(shared);
   // a CTA's shared memory may be written by its peers once it runs
@@ -114,9 +118,9 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
 // What a CTA of a launch has in shared memory beside its Shared: the window, the inbox, and the scores if they fit.
 inline size_t dynamic_bytes(const DecodeParams& p) {
   constexpr int D = QUEST_HEAD_DIM;
-  const int planes = p.reduction == kMass ? p.rows : 1;
-  const size_t score_bytes = p.score_scratch ? 0 : sizeof(float) * planes * p.plane_pages;
-  return window_bytes<D>(p.rows) + inbox_bytes<D>(p.rows) + score_bytes;
+  const int plane = p.score_scratch ? 0 : static_cast<int>(sizeof(float)) * p.plane_pages;
+  const int others = plane * (num_planes(p) - 1), inbox = inbox_bytes<D>(p.rows);
+  return window_bytes<D>(p.rows) + plane + (others > inbox ? others : inbox);
 }
 
 #ifdef __CUDACC__  // the rest of this file is also run on a CPU, by tests/kernels/test_cuda_decode_on_host.py

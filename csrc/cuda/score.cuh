@@ -17,13 +17,6 @@ struct Mass {
     top = next;
     least = fminf(least, other_least);
   }
-  // Of two bounds; one that is no number is its own page's matter.
-  __device__ __forceinline__ void join(float first, float second) {
-    const float next = fmaxf(top, fmaxf(first, second));
-    sum = sum * weight(top, next) + (first == first ? weight(first, next) : 0.f) + (second == second ? weight(second, next) : 0.f);
-    top = next;
-    least = fminf(least, fminf(first, second));
-  }
   // One for the greatest itself, which may be infinite; nothing for an empty set.
   __device__ __forceinline__ static float weight(float part, float greatest) {
     return part == greatest ? 1.f : exp2_fast(part - greatest);
@@ -43,37 +36,54 @@ struct Mass {
   __device__ __forceinline__ void join(const float4& other) { join(other.x, other.y, other.z); }
 };
 
+// What a lane gathers of its bounds while it makes them. They are summed over the first of them, which nearly always is near
+// enough to the greatest.
+struct Gathered {
+  float top = -INFINITY, sum = 0.f, least = INFINITY, from = 0.f;
+
+  // Two of them, or the first alone.
+  __device__ __forceinline__ void add(float first, float second, bool both) {
+    from = top == -INFINITY ? first : from;
+    const float other = both ? second : first;
+    top = fmaxf(top, fmaxf(first, other));
+    least = fminf(least, fminf(first, other));
+    const float more = exp2_fast(second - from);
+    sum += exp2_fast(first - from) + (both ? more : 0.f);
+  }
+  __device__ __forceinline__ bool sound() const { return sum < 0x1p100f; }
+  __device__ __forceinline__ Mass mass() const { return top == -INFINITY ? Mass::none() : Mass{top, sum * exp2_fast(from - top), least}; }
+  // One that is no number is its own page's matter.
+  __device__ __forceinline__ float weight(float value) const { return value == value ? Mass::weight(value, top) : 0.f; }
+};
+
 template <typename T, int D, int kHeadTiles, typename Estimate>
 class PageScorer {
  public:
   // buffer[plane * plane_stride + i] receives the score of the CTA's i-th page; for kMass a plane a query head.
-  __device__ __forceinline__ PageScorer(const DecodeParams& p, const Row& row, void* window, float* buffer,
-                                        int64_t plane_stride)
+  __device__ __forceinline__ PageScorer(const DecodeParams& p, const Row& row, void* window, float* buffer, int plane_stride)
       : p_(p), row_(row), staging_(window), buffer_(buffer), plane_stride_(plane_stride) {}
 
   // Scores the CTA's pages, a warp eight at a time, and meets the cluster. Returns a range that holds most of the row's
   // scores: what the warps saw in their first round.
   __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, int early_block) {
-#pragma unroll
-    for (int tile = 0; tile < kHeadTiles; ++tile) mass_[tile] = Mass::none();
-    const int mine = row_.groups();
+    const int mine = row_.groups(), rounds = max(mine, 1), offered = p_.reduction == kMass ? rounds : 0;
     const Estimate estimate(p_, row_, query, shared.query);
-    if (!Estimate::kKeepsQuery) __syncthreads();  // the operands are there
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
     uint32_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
     ahead = settle(0, ahead);
 #pragma unroll 1
-    for (int k = -2; k < max(mine, 1); ++k) {
-      if (k >= 0 && k < mine) {
+    for (int k = -2; k < rounds; ++k) {
+      if (static_cast<uint32_t>(k) < static_cast<uint32_t>(mine)) {
         Staging<D>::wait_all_but_one();
         score(estimate, k);
       }
-      if (k == 0 && p_.reduction != kMass) offer_range(row_, shared, range_);
+      if (k == offered) offer_range(row_, shared, range_);
       if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
         ahead = settle(k + 2, beyond);
         beyond = look_up(k + 2 + kLookUp);
       }
-      fill(estimate, k + 2, mine, ahead);
+      if (k + 2 < mine) fill(estimate, k + 2, ahead);
+      Staging<D>::commit();  // an empty group keeps the count
     }
     if (p_.reduction != kMass) return take_range(row_, shared);
     share_mass(shared);
@@ -106,28 +116,26 @@ class PageScorer {
   }
 
   __device__ __forceinline__ uint32_t place_of(int page, int block) const {
-    const int64_t elements = block * p_.summary_block_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
-    return static_cast<uint32_t>(elements >> 3);
+    const int64_t in_block = row_.kv_head * p_.summary_head_stride + (page & ((1 << p_.block_shift) - 1)) * p_.summary_page_stride;
+    return static_cast<uint32_t>((block * p_.summary_block_stride + in_block) >> 3);
   }
 
-  __device__ __forceinline__ void fill(const Estimate& estimate, int group, int groups, uint32_t ahead) {
-    if (group < groups) {
-      const T* head = static_cast<const T*>(p_.summaries) + row_.kv_head * p_.summary_head_stride;
-      const char* base = reinterpret_cast<const char*>(head);
+  __device__ __forceinline__ void fill(const Estimate& estimate, uint32_t group, uint32_t ahead) {
 #pragma unroll
-      for (int i = 0; i < Staging<D>::kCopies; ++i) {
-        const int index = (i * 32 + lane_id()) % (2 * Staging<D>::kChunks);
-        const int in_group = (i * 32 + lane_id()) / (2 * Staging<D>::kChunks);
-        const uint32_t chunk = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + in_group);
-        Staging<D>::copy(Estimate::place(staging_, group % 2, in_group, index), base + estimate.source(index) + 16ull * chunk);
+    for (int first = 0; first < 8; first += 4) {  // a lane copies of page lane / 8 and of the fourth after it
+      const uint32_t page = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + first + lane_id() / 8);
+      const char* from = static_cast<const char*>(p_.summaries) + 16ull * (page + lane_id() % 8);
+#pragma unroll
+      for (int run = 0; run < D / 32; ++run) {
+        char* to = Estimate::place(staging_, group % 2, lane_id() / 8, run) + first * Estimate::kPageBytes;
+        Staging<D>::copy(to, from + estimate.source(run));
       }
     }
-    Staging<D>::commit();  // an empty group keeps the count
   }
 
   __device__ __forceinline__ void score(const Estimate& estimate, int group) {
     float values[kHeadTiles][2];
-    estimate.evaluate(staging_, group % 2, Row::first_of(group), values);
+    estimate.evaluate(staging_, group & 1, Row::first_of(group), values);
     __syncwarp();  // everybody has read the half
     store(values, Row::first_of(group) + 2 * (lane_id() % 4));
   }
@@ -171,9 +179,22 @@ class PageScorer {
       const int head = tile * 8 + lane_id() / 4;
       if (head >= p_.rows || i >= row_.count) continue;
       const float first = unit * values[tile][0], second = unit * values[tile][1];
-      *reinterpret_cast<float2*>(buffer_ + head * plane_stride_ + i) = make_float2(first, second);
-      mass_[tile].join(first, i + 1 < row_.count ? second : NAN);
+      *reinterpret_cast<float2*>(buffer_ + (head * plane_stride_ + i)) = make_float2(first, second);
+      gathered_[tile].add(first, second, i + 1 < row_.count);
     }
+  }
+
+  // Sums again what this lane stored, now that the greatest is known.
+  __device__ __forceinline__ Mass sum_again(const Gathered& gathered, int head) const {
+    float sum = 0.f;
+#pragma unroll 1
+    for (int group = 0; group < row_.groups(); ++group) {
+      const int i = Row::first_of(group) + 2 * (lane_id() % 4);
+      if (i >= row_.count) continue;
+      const float* two = buffer_ + head * plane_stride_ + i;
+      sum += gathered.weight(two[0]) + (i + 1 < row_.count ? gathered.weight(two[1]) : 0.f);
+    }
+    return Mass{gathered.top, sum, gathered.least};
   }
 
   __device__ __forceinline__ static float nan_max(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
@@ -182,11 +203,10 @@ class PageScorer {
   __device__ __forceinline__ void share_mass(Shared& shared) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
-      mass_[tile].template join_lanes<4>();
-      const Mass& mass = mass_[tile];
-      if (lane_id() % 4 == 0) {
-        shared.warp_mass[warp_id()][tile * 8 + lane_id() / 4] = make_float4(mass.top, mass.sum, mass.least, 0.f);
-      }
+      const int head = tile * 8 + lane_id() / 4;
+      Mass mass = gathered_[tile].sound() ? gathered_[tile].mass() : sum_again(gathered_[tile], head);
+      mass.template join_lanes<4>();
+      if (lane_id() % 4 == 0) shared.warp_mass[warp_id()][head] = make_float4(mass.top, mass.sum, mass.least, 0.f);
     }
     __syncthreads();
 #pragma unroll 1
@@ -214,41 +234,42 @@ class PageScorer {
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < row_.count; i += kThreads) {
-      float top = -INFINITY, sum = 0.f;
-      each_head([&](int head) { top = fmaxf(top, buffer_[head * plane_stride_ + i] - shared.log_sum[head]); });
-      const float shift = top == -INFINITY ? 0.f : top;
-      each_head([&](int head) { sum += exp2_fast(buffer_[head * plane_stride_ + i] - shared.log_sum[head] - shift); });
+      float shift = -INFINITY, sum = 0.f;
+#pragma unroll 1
+      for (int first = 0; first < p_.rows; first += 4) {  // four at a time: their reads are in flight together
+        float share[4], top = shift;
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const int head = first + h;
+          share[h] = head < p_.rows ? buffer_[head * plane_stride_ + i] - shared.log_sum[head] : -INFINITY;
+          top = fmaxf(top, share[h]);
+        }
+        top = top == -INFINITY ? 0.f : top;
+        sum *= exp2_fast(shift - top);
+        shift = top;
+#pragma unroll
+        for (int h = 0; h < 4; ++h) sum += exp2_fast(share[h] - shift);
+      }
       buffer_[i] = shift + log2_fast(sum);
     }
     // a page weighs at least what its heads' least bounds weigh, and at most what their greatest do
     float low = -INFINITY, high = 0.f;
-    each_head([&](int head) {
+#pragma unroll 4
+    for (int head = 0; head < p_.rows; ++head) {
       low = fmaxf(low, shared.head_range[head].x);
       high += shared.head_range[head].y;
-    });
+    }
     high = log2_fast(high);
     __syncthreads();
     return low > -1e30f && high < 1e30f ? make_float2(low, high) : make_float2(-100.f, 10.f);
-  }
-
-  // Four at a time: their reads are in flight together.
-  template <typename F>
-  __device__ __forceinline__ void each_head(F visit) const {
-#pragma unroll 1
-    for (int first = 0; first < p_.rows; first += 4) {
-#pragma unroll
-      for (int head = first; head < first + 4; ++head) {
-        if (head < p_.rows) visit(head);
-      }
-    }
   }
 
   const DecodeParams& p_;
   const Row& row_;
   Staging<D> staging_;
   float* buffer_;
-  int64_t plane_stride_;
-  Mass mass_[kHeadTiles];
+  int plane_stride_;
+  Gathered gathered_[kHeadTiles];
   float2 range_ = make_float2(INFINITY, -INFINITY);
 };
 

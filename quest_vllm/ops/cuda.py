@@ -32,8 +32,8 @@ from quest_vllm.ops.cuda_params import (
 from quest_vllm.ops.reference import mass_scale_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-SHARED_SCORE_BYTES = 32 * 1024  # two CTAs fit an SM, at head_dim 128
-ALL_SCORE_BYTES = 68 * 1024  # one CTA fits an SM
+SHARED_SCORE_BYTES = 33 * 1024  # and the inbox: two CTAs fit an SM, at head_dim 128
+ALL_SCORE_BYTES = 78 * 1024  # one CTA fits an SM
 MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
 SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
 NUM_SMS = 132  # of an H100 or H200
@@ -175,7 +175,8 @@ def _shared_pages(shape: _Shape, planes: int, cluster_size: int, room: int) -> i
     """Pages of which a CTA keeps scores in shared memory: its part of the longest context; 0: ``room`` is too small."""
     share = max(SMALLEST_SHARE, shape.max_pages // cluster_size + 1)
     pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    return pages if 4 * planes * pages <= room else 0
+    inbox = 8 * (shape.rows * shape.head_dim // 2 + MAX_CLUSTER)  # see quest_decode.cu
+    return pages if 4 * pages + max(4 * pages * (planes - 1), inbox) <= room else 0
 
 
 @functools.cache
