@@ -22,8 +22,8 @@ class BoxEstimate {
 
   // A page is copied in runs of 128 bytes, 16 a lane: where a run lies in memory, in bytes from the page's start, and where
   // this lane's part of it, the lane % 8-th, goes in the warp's window. k_min goes to rows 0-7, k_max to rows 8-15.
-  __device__ __forceinline__ int64_t source(int run) const {
-    return run / kRuns * p_.summary_bound_stride * 2 + run % kRuns * 128;
+  __device__ __forceinline__ static int64_t source(const DecodeParams& p, int run) {
+    return run / kRuns * p.summary_bound_stride * 2 + run % kRuns * 128;
   }
   __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int run) {
     const int row = Staging<D>::template place<KeyLayout>(page, lane_id() % 8);

@@ -43,6 +43,12 @@ class CodeEstimate {
       sum_[i] = Half<__half>::pack((first.x + second.x) * factor, (first.y + second.y) * factor);
       difference_[i] = Half<__half>::pack((first.x - second.x) * factor, (first.y - second.y) * factor);
     }
+    const int t = lane_id() % 4, pairs = first_pair(0);
+    steps_at_ = kept_in_register(lane_id() / 4 * kPageBytes + permuted(lane_id() / 4, kStep + pairs));
+    base_at_ = kept_in_register(lane_id() / 4 * kPageBytes + permuted(lane_id() / 4, 2 * pairs));
+    column_at_ = kept_in_register(column_page() * kPageBytes + permuted(column_page(), kStep + pairs));
+    const int eight = lane_id() / 4 * 8;
+    codes_at_ = kept_in_register(kCodes + t / 2 * 64 + (kEights == 1 ? eight : t % 2 * 128 + (eight ^ t % 2 * 32)));
     const int last = row.total - 1;
     if (row.page(row.per_cta(last)) == last) {
       last_ = row.per_cta(last);
@@ -51,10 +57,11 @@ class CodeEstimate {
   }
 
   // As in BoxEstimate.
-  __device__ __forceinline__ static int64_t source(int run) { return run * 128; }
+  __device__ __forceinline__ static int64_t source(const DecodeParams&, int run) { return run * 128; }
   __device__ __forceinline__ static char* place(const Staging<D>& staging, int half, int page, int run) {
     const int lane = lane_id() % 8 * 16;
-    return page_of(staging, half, page) + 128 * run + (128 * run < kCodes ? permuted(page, lane) : lane ^ (128 * run - kCodes) / 128 % 2 * 32);
+    const int swapped = 128 * run < kCodes ? permuted(page, lane) : lane ^ (128 * run - kCodes) / 128 % 2 * 32;
+    return page_of(staging, half, page) + 128 * run + swapped;
   }
 
   // values[0]: of head n for pages 2t and 2t + 1 of the eight in `half`, the CTA's pages from `first` on.
@@ -84,6 +91,9 @@ class CodeEstimate {
   static constexpr int kEights = D == 64 ? 1 : 2;
   static constexpr int kBlocks = D / 64 / kEights;
   static constexpr int kPairs = D / 16;  // words of two pairs a lane
+
+  // Computed anew wherever it is used otherwise, which takes longer than a shuffle or a spill.
+  __device__ __forceinline__ static int kept_in_register(int value) { return __shfl_sync(0xFFFFFFFFu, value, lane_id()); }
 
   // The first of this lane's pairs in a block.
   __device__ __forceinline__ static int first_pair(int block) {
@@ -169,9 +179,6 @@ class CodeEstimate {
   // Bytes before the codes. Chunks of 16 are permuted so that those that four lanes read of a page, neighbours or every
   // other one, and four more of the next page, do not meet in a bank.
   __device__ __forceinline__ static int permuted(int page, int byte) { return byte ^ (page & 1) * 0x50; }
-  __device__ __forceinline__ static char* at(const Staging<D>& staging, int half, int page, int byte) {
-    return page_of(staging, half, page) + permuted(page, byte);
-  }
 
   // Two of float8_e4m3 to float16, exactly.
   template <int kUpper>
@@ -290,9 +297,7 @@ class CodeEstimate {
 
   // Products of kTogether pages, two of them side by side: a chain of dependent ones alone would be waited for.
   __device__ __forceinline__ void logits(const Staging<D>& staging, int half, int page, float (&logit)[kProducts][2][2]) const {
-    const int n = lane_id() / 4, t = lane_id() % 4;
     const char* from = page_of(staging, half, page);
-    const int codes_at = kCodes + t / 2 * 64 + (kEights == 1 ? 8 * n : t % 2 * 128 + (8 * n ^ t % 2 * 32));
 #pragma unroll
     for (int product = 0; product < kProducts; product += 2) {
       float sums[2][kPages][4] = {};  // row n, token 2n: columns 2t and 2t + 1; row n + 8, token 2n + 1: the same
@@ -303,8 +308,7 @@ class CodeEstimate {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int first = (product + i) * kPages;  // of the product's pages
-          const int steps_at = column_page() * kPageBytes + permuted(first + column_page(), kStep + first_pair(block));
-          const Steps steps = read_steps(from + first * kPageBytes + steps_at);
+          const Steps steps = read_steps(from + first * kPageBytes + (column_at_ ^ permuted(first, 64 * block)));
 #pragma unroll
           for (int w = 0; w < 2 * kEights; ++w) {
             const int pairs = 4 * kEights * block + 2 * w;
@@ -312,8 +316,8 @@ class CodeEstimate {
           }
 #pragma unroll
           for (int k = 0; k < kPages; ++k) {
-            words[i][k] = *reinterpret_cast<const uint2*>(from + (first + k) * kPageBytes + codes_at + 256 * block);
-            if (kEights == 1) words[i][k].x >>= 8 * (t % 2), words[i][k].y >>= 8 * (t % 2);
+            words[i][k] = *reinterpret_cast<const uint2*>(from + (first + k) * kPageBytes + codes_at_ + 256 * block);
+            if (kEights == 1) words[i][k].x >>= lane_id() % 2 * 8, words[i][k].y >>= lane_id() % 2 * 8;
           }
         }
 #pragma unroll
@@ -343,14 +347,14 @@ class CodeEstimate {
 
   // The products with what each page's tokens share: rows the heads, columns the pages.
   __device__ __forceinline__ void share(const Staging<D>& staging, int half, float (&sums)[4]) const {
-    const int page = lane_id() / 4;
+    const char* from = staging.half(half);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const Steps steps = read_steps(at(staging, half, page, kStep + first_pair(block)));
-      const Steps rest = read_steps(at(staging, half, page, kRest + first_pair(block)));
+      const Steps steps = read_steps(from + (steps_at_ ^ 64 * block));
+      const Steps rest = read_steps(from + (steps_at_ ^ kStep ^ kRest ^ 64 * block));
 #pragma unroll
       for (int eight = 0; eight < kEights; ++eight) {
-        const uint4 base = Staging<D>::read(at(staging, half, page, 2 * first_pair(block) + 16 * eight));
+        const uint4 base = Staging<D>::read(from + 128 * block + (base_at_ ^ 16 * eight));
         const uint4* query = operands_ + 4 * (block * kEights + eight) * 32 + lane_id();
         share_pairs<0>(sums, query[0], steps.of[2 * eight], base.x, rest.of[2 * eight]);
         share_pairs<1>(sums, query[32], steps.of[2 * eight], base.y, rest.of[2 * eight]);
@@ -371,6 +375,7 @@ class CodeEstimate {
   const DecodeParams& p_;
   const uint4* operands_;
   uint32_t sum_[kPairs], difference_[kPairs];  // of a pair's channels of the query, float16: times a power of two
+  int steps_at_, base_at_, column_at_, codes_at_;  // where this lane reads, no bit set that is changed with a constant
   float unit_;                                 // of a product, in log2 of a mass
   int last_ = -1, last_tokens_ = kTokens;      // the row's last page, if it is this CTA's, and its tokens
 };

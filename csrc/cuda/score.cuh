@@ -67,23 +67,24 @@ class PageScorer {
   // scores: what the warps saw in their first round.
   __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, int early_block) {
     const int mine = row_.groups(), rounds = max(mine, 1), offered = p_.reduction == kMass ? rounds : 0;
-    const Estimate estimate(p_, row_, query, shared.query);
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
     uint32_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
     ahead = settle(0, ahead);
+    fill(0, mine, ahead);
+    fill(1, mine, ahead);
+    const Estimate estimate(p_, row_, query, shared.query);  // meanwhile
 #pragma unroll 1
-    for (int k = -2; k < rounds; ++k) {
-      if (static_cast<uint32_t>(k) < static_cast<uint32_t>(mine)) {
+    for (int k = 0; k < rounds; ++k) {
+      if (k < mine) {
         Staging<D>::wait_all_but_one();
         score(estimate, k);
       }
       if (k == offered) offer_range(row_, shared, range_);
-      if (k > 0 && (k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
+      if ((k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
         ahead = settle(k + 2, beyond);
         beyond = look_up(k + 2 + kLookUp);
       }
-      if (k + 2 < mine) fill(estimate, k + 2, ahead);
-      Staging<D>::commit();  // an empty group keeps the count
+      fill(k + 2, mine, ahead);
     }
     if (p_.reduction != kMass) return take_range(row_, shared);
     share_mass(shared);
@@ -120,17 +121,20 @@ class PageScorer {
     return static_cast<uint32_t>((block * p_.summary_block_stride + in_block) >> 3);
   }
 
-  __device__ __forceinline__ void fill(const Estimate& estimate, uint32_t group, uint32_t ahead) {
+  __device__ __forceinline__ void fill(uint32_t group, int groups, uint32_t ahead) {
+    if (static_cast<int>(group) < groups) {
 #pragma unroll
-    for (int first = 0; first < 8; first += 4) {  // a lane copies of page lane / 8 and of the fourth after it
-      const uint32_t page = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + first + lane_id() / 8);
-      const char* from = static_cast<const char*>(p_.summaries) + 16ull * (page + lane_id() % 8);
+      for (int first = 0; first < 8; first += 4) {  // a lane copies of page lane / 8 and of the fourth after it
+        const uint32_t page = __shfl_sync(0xFFFFFFFFu, ahead, group % kLookUp * 8 + first + lane_id() / 8);
+        const char* from = static_cast<const char*>(p_.summaries) + 16ull * (page + lane_id() % 8);
 #pragma unroll
-      for (int run = 0; run < D / 32; ++run) {
-        char* to = Estimate::place(staging_, group % 2, lane_id() / 8, run) + first * Estimate::kPageBytes;
-        Staging<D>::copy(to, from + estimate.source(run));
+        for (int run = 0; run < D / 32; ++run) {
+          char* to = Estimate::place(staging_, group % 2, lane_id() / 8, run) + first * Estimate::kPageBytes;
+          Staging<D>::copy(to, from + Estimate::source(p_, run));
+        }
       }
     }
+    Staging<D>::commit();  // an empty group keeps the count
   }
 
   __device__ __forceinline__ void score(const Estimate& estimate, int group) {
