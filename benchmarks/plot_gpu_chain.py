@@ -1,6 +1,6 @@
 """Draws where the fused decode launch spends its time, from the newest raw JSON. usage: plot_gpu_chain.py
 
-Writes docs/img/gpu-chain.svg: one bar a shape, the stages as shares of the clocks of the launch's CTAs.
+Writes docs/img/gpu-chain.svg: one bar a shape, by key codes, the stages as shares of the clocks of the launch's CTAs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def bar(case: dict[str, Any], top: int) -> list[str]:
     label = f"{render_results.size(case['context'])} x{case['batch']}, budget {render_results.size(case['budget'])}"
     parts = [f'<text x="{LEFT - 10}" y="{top + 16}" text-anchor="end">{label}</text>']
     left, room = float(LEFT), WIDTH - LEFT - RIGHT
-    for stage, share in case["stages"].items():
+    for stage, share in case["key_codes_stages"].items():
         wide = share * room
         parts.append(
             f'<rect x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{BAR}" fill="{COLOURS[stage]}">'
@@ -28,7 +28,7 @@ def bar(case: dict[str, Any], top: int) -> list[str]:
         if wide > 30:
             parts.append(f'<text class="on" x="{left + wide / 2:.1f}" y="{top + 15}">{share:.0%}</text>')
         left += wide
-    times = f"{case['cuda']['in_graph']:.0f} us, FA3 {case['fa3']['in_graph']:.0f} us"
+    times = f"{case['cuda_key_codes']['in_graph']:.0f} us, FA3 {case['fa3']['in_graph']:.0f} us"
     return [*parts, f'<text x="{WIDTH - RIGHT + 10}" y="{top + 16}">{times}</text>']
 
 
