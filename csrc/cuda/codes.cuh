@@ -92,7 +92,7 @@ class CodeEstimate {
   static constexpr int kBlocks = D / 64 / kEights;
   static constexpr int kPairs = D / 16;  // words of two pairs a lane
 
-  // Computed anew wherever it is used otherwise, which takes longer than a shuffle or a spill.
+  // What a shuffle gives is not computed anew at every use, as ptxas does otherwise: even a spill takes less long.
   __device__ __forceinline__ static int kept_in_register(int value) { return __shfl_sync(0xFFFFFFFFu, value, lane_id()); }
 
   // The first of this lane's pairs in a block.
