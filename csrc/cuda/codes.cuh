@@ -43,7 +43,7 @@ class CodeEstimate {
       sum_[i] = Half<__half>::pack((first.x + second.x) * factor, (first.y + second.y) * factor);
       difference_[i] = Half<__half>::pack((first.x - second.x) * factor, (first.y - second.y) * factor);
     }
-    const int t = lane_id() % 4, pairs = first_pair(0);
+    const int t = lane_id() % 4, pairs = first_pair();
     steps_at_ = kept_in_register(lane_id() / 4 * kPageBytes + permuted(lane_id() / 4, kStep + pairs));
     base_at_ = kept_in_register(lane_id() / 4 * kPageBytes + permuted(lane_id() / 4, 2 * pairs));
     column_at_ = kept_in_register(column_page() * kPageBytes + permuted(column_page(), kStep + pairs));
@@ -95,10 +95,10 @@ class CodeEstimate {
   // What a shuffle gives is not computed anew at every use, as ptxas does otherwise: even a spill takes less long.
   __device__ __forceinline__ static int kept_in_register(int value) { return __shfl_sync(0xFFFFFFFFu, value, lane_id()); }
 
-  // The first of this lane's pairs in a block.
-  __device__ __forceinline__ static int first_pair(int block) {
+  // The first of this lane's pairs in the first block; 64 on from there in the next.
+  __device__ __forceinline__ static int first_pair() {
     const int t = lane_id() % 4;
-    return kEights == 1 ? 8 * t : 64 * block + t % 2 * 32 + t / 2 * 16;
+    return kEights == 1 ? 8 * t : t % 2 * 32 + t / 2 * 16;
   }
 
   // Of a product's pages, the one whose steps this lane's column has, and the one whose masses the lane sums.
@@ -236,7 +236,7 @@ class CodeEstimate {
       const float again = by_greatest(logit);  // by all lanes
       log = sound ? log : again;
     }
-    own[kPaired ? 0 : page / 4] = log;
+    (kPaired || page == 0 ? own[0] : own[1]) = log;
   }
 
   // Sums over n, of which three bits say what a lane keeps: each step leaves half as many sums.

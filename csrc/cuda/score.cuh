@@ -66,7 +66,7 @@ class PageScorer {
   // Scores the CTA's pages, a warp eight at a time, and meets the cluster. Returns a range that holds most of the row's
   // scores: what the warps saw in their first round.
   __device__ __forceinline__ float2 run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, int early_block) {
-    const int mine = row_.groups(), rounds = max(mine, 1), offered = p_.reduction == kMass ? rounds : 0;
+    const int mine = row_.groups(), rounds = max(mine, 1);
     const bool guessed = row_.size == static_cast<int>(gridDim.x);
     uint32_t ahead = guessed ? place_of(row_.page(index_of(0)), early_block) : look_up(0), beyond = look_up(kLookUp);
     ahead = settle(0, ahead);
@@ -79,7 +79,7 @@ class PageScorer {
         Staging<D>::wait_all_but_one();
         score(estimate, k);
       }
-      if (k == offered) offer_range(row_, shared, range_);
+      if (k == 0 && p_.reduction != kMass) offer_range(row_, shared, range_);
       if ((k + 2) % kLookUp == 0) {  // a look-up is asked for one round before its use
         ahead = settle(k + 2, beyond);
         beyond = look_up(k + 2 + kLookUp);
