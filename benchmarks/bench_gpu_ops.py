@@ -25,7 +25,7 @@ from provenance import commit, save
 
 from quest_vllm import compat
 from quest_vllm.config import QuestConfig
-from quest_vllm.ops import cuda, triton
+from quest_vllm.ops import cuda, cuda_plan, triton
 from quest_vllm.page_layout import PageViews, split_chunks
 
 KV_HEADS, GROUP, DIM, PAGE, BLOCK = 8, 4, 128, 16, 16
@@ -148,7 +148,7 @@ class Layers:
     def stage_shares(self, budgets: torch.Tensor, **options: Any) -> dict[str, float]:
         """Mean share of each stage in the time of the fused launch's CTAs."""
         summary, mass = options.get("page_summary", "min_max"), options.get("group_reduction") == "mass"
-        cluster = cuda.default_cluster_size(self.batch, KV_HEADS, GROUP, DIM, self.blocks, summary, mass)
+        cluster = cuda_plan.default_cluster_size(self.batch, KV_HEADS, GROUP, DIM, self.blocks, summary, mass)
         marks = torch.zeros(self.batch, KV_HEADS, cluster, len(STAGES) + 1, dtype=torch.int64, device="cuda")
         for _ in range(3):
             self.quest(self.views[0], cuda, budgets, timeline=marks, **options)

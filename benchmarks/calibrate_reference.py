@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from hf_reference import ReferenceModel, Run, window_of
-from measure_policies import TextTask, codes
+from measure_policies import TextTask
+from policy_sweeps import codes
 from policy_texts import Text, places, texts
 from provenance import commit, save
 

@@ -16,8 +16,9 @@ Sweeps: radius (reduction x radius), forced (sink and recent pages), selectors (
 (several small boxes a page), codes (two bits a key of half the channels), top_p (adaptive budgets under a ceiling of
 1024, and fixed budgets beside them; by the box), top_p_codes (by key codes), top_p_oracle (with exact masses),
 characterise (one of each kind, a window and eviction among them), gap (what is served and two stages on it, from the
-original to the oracle), long (what is served at a budget of 2048), layers (what is served, with two dense layers, and
-with --settings spread over the layers as a calibration says; ``minus_served``: the paired difference to the first).
+original to the oracle), pool (a layer's budget shared by its heads, by what is served and by exact masses), long (what
+is served at a budget of 2048), layers (what is served, with two dense layers, and with --settings spread over the
+layers as a calibration says; ``minus_served``: the paired difference to the first).
 """
 
 from __future__ import annotations
@@ -28,280 +29,24 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hf_reference import Prefix, ReferenceModel, Run
+from policy_sweeps import CONTEXT, SWEEPS, Candidate, Counted, shares_in
 from policy_texts import Question, Text, needles, places, texts
 from provenance import commit, save
 
-from quest_vllm.config import QuestConfig
-from quest_vllm.eval.calibrate import ORIGINAL
-from quest_vllm.model_settings import read_settings
-from quest_vllm.ops.api import Ops
-from quest_vllm.policies import (
-    BoundPolicy,
-    DecodeStep,
-    HeavyHitterPolicy,
-    KeyCodesPolicy,
-    OraclePolicy,
-    PagePolicy,
-    SplitBoxPolicy,
-    TwoStagePolicy,
-    WindowPolicy,
-)
+from quest_vllm.policies import HeavyHitterPolicy
 
-CONTEXT, ROWS, KEYS = 4096, 64, 8
+ROWS, KEYS = 64, 8
 BUDGETS = (128, 256, 512)
 SWEEP_BUDGETS = {"top_p": (1024,), "top_p_codes": (1024,), "top_p_oracle": (1024,), "long": (2048,)}
 METRICS = ("kl", "text_nll", "needle_nll", "needle_hits")
 SAVE_EVERY = 20.0  # seconds
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy with what a server's configuration would hold beside it."""
-
-    name: str
-    policy: PagePolicy
-    sink_pages: int = 1
-    recent_pages: int = 2
-    page_size: int = 16
-    only_budget: int | None = None
-    share: float = 1.0
-    dense_layers: tuple[int, ...] = ()
-    layer_shares: tuple[tuple[int, float], ...] = ()
-
-    def budgets(self, every: Sequence[int]) -> tuple[int, ...]:
-        """The sweep's budgets, or the policy's own."""
-        return (self.only_budget,) if self.only_budget else tuple(every)
-
-    def spent(self, budget: int) -> int:
-        """Tokens attended to at ``budget``: a ``share`` of it, where choosing them costs the rest."""
-        return round(budget * self.share)
-
-    def run(self, budget: int) -> Run:
-        """One pass at ``budget`` tokens."""
-        forced = (self.sink_pages, self.recent_pages)
-        run = Run(self.policy, self.page_size, self.spent(budget), *forced, self.dense_layers)
-        return run.spread(dict(self.layer_shares)) if self.layer_shares else run
-
-    def kv_bytes(self, budget: int, num_kv_heads: int, num_q_heads: int, dim: int, context: int = CONTEXT) -> int:
-        """Bytes a layer and step at ``context`` tokens in 16-bit elements."""
-        per_query_head = getattr(self.policy, "group_reduction", "") == "per_query_head"
-        units = num_q_heads if per_query_head else num_kv_heads
-        page_bytes, pages = self.page_size * 4 * dim, context // self.page_size
-        return units * self.policy.bytes_read(pages, -(-self.spent(budget) // self.page_size), page_bytes, 4 * dim)
-
-
-def original(ops: Ops, page_size: int = 16) -> Candidate:
-    """Quest as published: the bound, nothing forced but the current page."""
-    return Candidate("original", BoundPolicy(ops, "max", 1.0), 0, 1, page_size)
-
-
-def box(ops: Ops, page_size: int = 16) -> Candidate:
-    """What the server does with minima and maxima when nobody sets more."""
-    config = boxes(page_size)
-    policy = BoundPolicy(ops, config.group_reduction, config.bound_radius)
-    return Candidate(f"box, radius {config.bound_radius:g}", policy, config.sink_pages, config.recent_pages, page_size)
-
-
-def boxes(page_size: int) -> QuestConfig:
-    """The server's defaults with minima and maxima."""
-    return QuestConfig(page_size=page_size, page_summary="min_max").resolved()
-
-
-def codes(ops: Ops, reduction: str, page_size: int = 16) -> Candidate:
-    """Key codes, at the bytes of a box."""
-    return Candidate(f"key codes, {reduction}", KeyCodesPolicy(ops, reduction), page_size=page_size)
-
-
-def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 2, page_size: int = 16) -> Candidate:
-    """A policy from summaries alone, named by its settings."""
-    name = f"{reduction} radius {radius:g}, {sink} sink {recent} recent"
-    return Candidate(name, BoundPolicy(ops, reduction, radius), sink, recent, page_size)
-
-
-def radius_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Reduction by radius, the same pages forced."""
-    found = [original(ops, page_size), Candidate("oracle", OraclePolicy(ops), page_size=page_size)]
-    grid = {"max": (0.25, 0.5, 1.0), "mean": (0.5,), "mass": (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)}
-    return found + [bound(ops, reduction, a, page_size=page_size) for reduction, radii in grid.items() for a in radii]
-
-
-def forced_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Forced pages, the box's score."""
-    base = box(ops).policy
-    assert isinstance(base, BoundPolicy)
-    score = (base.group_reduction, base.bound_radius)
-    pairs = ((0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4))
-    return [bound(ops, *score, sink, recent, page_size) for sink, recent in pairs]
-
-
-def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """From the original to the oracle."""
-    first = box(ops, page_size).policy
-    assert isinstance(first, BoundPolicy)
-    return [
-        original(ops, page_size),
-        bound(ops, "max", 1.0, page_size=page_size),
-        box(ops, page_size),
-        bound(ops, "mass", 0.25, page_size=page_size),
-        bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
-        *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
-        Candidate("oracle", OraclePolicy(ops), page_size=page_size),
-    ]
-
-
-def split_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Several boxes a page; two in FP8 take one's bytes in 16 bits."""
-    grid = ((2, 0.5, "max"), (2, 0.25, "max"), (2, 0.5, "mass"), (4, 0.5, "max"), (4, 0.5, "mass"))
-    split = [
-        Candidate(f"{n} boxes, {how} radius {a:g}", SplitBoxPolicy(ops, n, a, how), page_size=page_size)
-        for n, a, how in grid
-    ]
-    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), box(ops, page_size), *split, oracle]
-
-
-class Counted:
-    """A policy that adds up how many pages it takes, over layers, rows and heads."""
-
-    one_budget = True  # it cannot tell rows of different ones apart
-
-    def __init__(self, policy: PagePolicy) -> None:
-        self.policy = policy
-        self.pages = self.choices = self.all_pages = self.all_choices = 0
-
-    @property
-    def page_summary(self) -> str:
-        """What the policy reads of a page."""
-        return getattr(self.policy, "page_summary", "min_max")
-
-    def choose(self, step: DecodeStep) -> torch.Tensor:
-        """See :class:`quest_vllm.policies.PagePolicy`."""
-        selected = self.policy.choose(step)
-        self.pages += int((selected >= 0).sum())
-        self.choices += selected.shape[0] * selected.shape[1]
-        return selected
-
-    def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
-        """See :class:`quest_vllm.policies.PagePolicy`; at the mean of the pages taken."""
-        mean = round(self.all_pages / self.all_choices) if self.all_choices else page_budget
-        return self.policy.bytes_read(num_pages, mean, page_bytes, summary_bytes)
-
-    def take_mean(self) -> float:
-        """Mean pages of a row and head since the last call."""
-        mean = self.pages / self.choices
-        self.all_pages, self.all_choices = self.all_pages + self.pages, self.all_choices + self.choices
-        self.pages = self.choices = 0
-        return mean
-
-
-def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """The box's score with shares of a budget of 1024, and the fixed budgets that cost about the same."""
-    config = boxes(page_size)
-    score = (config.group_reduction, config.bound_radius)
-    shares = [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9, 0.8)]
-    fixed = [(f"budget {tokens}", Counted(BoundPolicy(ops, *score)), tokens) for tokens in (512, 384, 256)]
-    return counted(config, (*shares, *fixed))
-
-
-def top_p_codes_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """:func:`top_p_sweep` with what is served by default."""
-    shares = [(f"top_p {p:g}", Counted(KeyCodesPolicy(ops, "mass", top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9)]
-    fixed = [(f"budget {tokens}", Counted(KeyCodesPolicy(ops, "mass")), tokens) for tokens in (512, 384, 256)]
-    return counted(QuestConfig(page_size=page_size), (*shares, *fixed))
-
-
-def top_p_oracle_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """The same law with exact masses: what a better estimate would make of it."""
-    config = boxes(page_size)
-    score = (config.group_reduction, config.bound_radius)
-    shares = [(f"oracle top_p {p:g}", Counted(OraclePolicy(ops, p)), None) for p in (1.0, 0.95)]
-    shares += [(f"top_p {p:g}", Counted(BoundPolicy(ops, *score, top_p=p)), None) for p in (1.0, 0.95)]
-    fixed = [
-        ("oracle budget 512", Counted(OraclePolicy(ops)), 512),
-        ("budget 512", Counted(BoundPolicy(ops, *score)), 512),
-    ]
-    return counted(config, (*shares, *fixed))
-
-
-def counted(config: QuestConfig, found: Sequence[tuple[str, Counted, int | None]]) -> list[Candidate]:
-    """Candidates of ``(name, policy, budget of its own)``, with the configuration's forced pages."""
-    forced = (config.sink_pages, config.recent_pages, config.page_size)
-    return [Candidate(name, policy, *forced, tokens) for name, policy, tokens in found]
-
-
-def code_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """Key codes, at the box's bytes."""
-    coded = [codes(ops, how, page_size) for how in ("max", "mass")]
-    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), box(ops, page_size), *coded, oracle]
-
-
-def characterise_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """One policy of each kind; eviction in tokens, as published, the rest in pages."""
-    return [
-        Candidate("window", WindowPolicy(ops), page_size=page_size),
-        Candidate("h2o-like", HeavyHitterPolicy(), page_size=1),
-        original(ops, page_size),
-        box(ops, page_size),
-        codes(ops, "mass", page_size),
-        Candidate("oracle", OraclePolicy(ops), page_size=page_size),
-    ]
-
-
-def gap_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """What is served, and two stages on it: with the same pages in the end, and at the same bytes."""
-    served = codes(ops, "mass", page_size)
-    first = served.policy
-    assert isinstance(first, KeyCodesPolicy)
-    return [
-        original(ops, page_size),
-        box(ops, page_size),
-        served,
-        *(Candidate(f"two-stage on codes {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
-        # the keys of twice as many pages are as many bytes as the keys and values of those pages
-        Candidate("two-stage on codes 2x, half the pages", TwoStagePolicy(first, 2), page_size=page_size, share=0.5),
-        Candidate("oracle", OraclePolicy(ops), page_size=page_size),
-    ]
-
-
-def long_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """What is served, between the original and the oracle."""
-    oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), box(ops, page_size), codes(ops, "mass", page_size), oracle]
-
-
-def layer_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """What is served, and with the original's two dense layers, whose bytes come on top of the budget."""
-    served = codes(ops, "mass", page_size)
-    return [served, replace(served, name="first two layers dense", dense_layers=ORIGINAL)]
-
-
-def shares_in(path: Path) -> tuple[tuple[int, float], ...]:
-    """The layer_shares of a calibration, YAML or this project's JSON."""
-    return QuestConfig(**read_settings(path)).layer_shares
-
-
-SWEEPS: dict[str, Callable[[Ops, int], list[Candidate]]] = {
-    "radius": radius_sweep,
-    "forced": forced_sweep,
-    "selectors": selector_sweep,
-    "split": split_sweep,
-    "top_p": top_p_sweep,
-    "top_p_codes": top_p_codes_sweep,
-    "top_p_oracle": top_p_oracle_sweep,
-    "codes": code_sweep,
-    "characterise": characterise_sweep,
-    "gap": gap_sweep,
-    "long": long_sweep,
-    "layers": layer_sweep,
-}
 
 
 @functools.cache

@@ -17,9 +17,9 @@ import torch
 from quest_vllm import compat
 from quest_vllm.accounting import AdaptiveRows, LayerGroup, adaptive_rows, record_reached, record_step
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.budget import get_budget_table, get_top_p_table
+from quest_vllm.budget import get_budget_table, get_policy_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import POLICIES, QuestConfig
 from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
 from quest_vllm.layers import counts_rows, is_sparse_layer, refuse_layer_features, sparse_layers, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
@@ -64,6 +64,7 @@ class SparseRows:
     traced: TracedRows | None = None
     top_p: torch.Tensor | None = None  # [num_sparse] float32; None: 1 in every row
     adaptive: AdaptiveRows | None = None
+    policies: torch.Tensor | None = None  # [num_sparse] int32; None: the server's own in every row
 
     def page_budgets_of(self, layer: int) -> torch.Tensor:
         """``[num_sparse]`` int32: the page budgets of the decoder layer with this index."""
@@ -123,16 +124,20 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         step = step_rows(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy(), prefilling)
         budgets = get_budget_table().rows(common.num_reqs, common.req_idx)[step.requests]
         top_ps = get_top_p_table().rows(common.num_reqs, common.req_idx)[step.requests]
-        rows = classify_rows(step.query_lens, step.seq_lens, prefilling[step.requests], budgets, self.config, top_ps)
+        policies = get_policy_table().rows(common.num_reqs, common.req_idx)[step.requests]
+        chunks = prefilling[step.requests]
+        rows = classify_rows(step.query_lens, step.seq_lens, chunks, budgets, self.config, top_ps, policies)
         if not fast_build:  # a draft model's steps are its own affair
             record_step(self.group, rows, step, budgets)
             self.audit.step(rows, step, common.block_table_tensor)
         if rows.sparse.any():
-            metadata.sparse = self._sparse_rows(common, rows, step, top_ps)
+            metadata.sparse = self._sparse_rows(common, rows, step, top_ps, policies)
             self._add_dense_rows(metadata, common, ~rows.sparse, step)
         return metadata
 
-    def _sparse_rows(self, common: Any, rows: RowClasses, step: StepRows, top_ps: np.ndarray) -> SparseRows:
+    def _sparse_rows(
+        self, common: Any, rows: RowClasses, step: StepRows, top_ps: np.ndarray, policies: np.ndarray
+    ) -> SparseRows:
         chosen = np.flatnonzero(rows.sparse)
         requests = step.requests[chosen]
         blocks = -(-int(rows.num_pages[chosen].max()) * self.config.page_size // self.block_size)
@@ -140,6 +145,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
         traces = get_trace_table().rows(common.num_reqs, common.req_idx)[requests] if self.config.page else None
         tallies = get_tally_table().rows(common.num_reqs, common.req_idx)[step.requests]
         adaptive = adaptive_rows(self.group, rows, step.seq_lens, tallies)
+        others = policies[chosen] != POLICIES.index(self.config.group_reduction)
         return SparseRows(
             tokens=torch.from_numpy(step.starts[chosen]),
             seq_lens=torch.from_numpy(step.seq_lens[chosen]),
@@ -150,6 +156,7 @@ class QuestCpuMetadataBuilder(_cpu.CPUAttentionMetadataBuilder):  # type: ignore
             traced=traced_rows(traces) if traces is not None and self.group.counts_rows else None,
             top_p=torch.from_numpy(top_ps[chosen]) if adaptive is not None else None,
             adaptive=adaptive,
+            policies=torch.from_numpy(policies[chosen]) if others.any() else None,
         )
 
     def _add_dense_rows(self, metadata: QuestCpuMetadata, common: Any, dense: np.ndarray, step: StepRows) -> None:
@@ -256,6 +263,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             bound_radius=config.bound_radius,
             scale=self.scale,
             page_summary=config.page_summary,
+            policies=rows.policies,
         )
         scored = time.perf_counter()
         selected = ops.select_pages(
@@ -268,6 +276,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             max_page_budget=rows.max_page_budget,
             top_p=rows.top_p,
             mass_scale=mass_scale_of(config.group_reduction, self.scale, config.page_summary),
+            policies=rows.policies,
         )
         chosen = time.perf_counter()
         attended = ops.sparse_paged_attention(

@@ -21,7 +21,7 @@ import torch
 from quest_vllm import compat
 from quest_vllm.accounting import LayerGroup, adaptive_rows
 from quest_vllm.audit_online import OnlineAudit
-from quest_vllm.budget import get_budget_table, get_top_p_table
+from quest_vllm.budget import get_budget_table, get_policy_table, get_top_p_table
 from quest_vllm.capabilities import QuestCapabilities
 from quest_vllm.config import QuestConfig
 from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
@@ -32,7 +32,7 @@ from quest_vllm.layers import (
     sparse_layers,
     start_up,
 )
-from quest_vllm.metadata import FloatArray, RowClasses, classify_rows
+from quest_vllm.metadata import FloatArray, IntArray, RowClasses, classify_rows
 from quest_vllm.ops.api import LayerShape, Ops, load_ops
 from quest_vllm.page_layout import BoundViews, PageViews
 from quest_vllm.reached import ReachedCounts
@@ -86,6 +86,7 @@ class SparseRows:
     seq_lens: torch.Tensor  # [num_rows] int32
     page_budgets: torch.Tensor  # [num_rows] int32; by layer: [num_layers, num_rows]
     top_ps: torch.Tensor  # [num_rows] float32
+    policies: torch.Tensor  # [num_rows] int32
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
     reached: ReachedCounts
     served: torch.Tensor | None = None  # [num_rows] bool
@@ -100,11 +101,12 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class SortedStep:
-    """A step's rows, the class of each, and its top_p."""
+    """A step's rows, the class of each, its top_p and its policy."""
 
     rows: StepRows
     classes: RowClasses
     top_ps: FloatArray
+    policies: IntArray
 
 
 @dataclass
@@ -135,6 +137,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         self.audit = OnlineAudit(layers, self.config.audit_steps)
         max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.top_ps = RowBuffer(max_num_reqs, 1.0, torch.float32, device)
+        self.policies = RowBuffer(max_num_reqs, 0, torch.int32, device)  # no matter in a dense row
         self.is_v2 = bool(vllm_config.use_v2_model_runner)
         self.verify_width = compat.verify_width(vllm_config)
         per_query_head = self.config.group_reduction == "per_query_head"
@@ -236,11 +239,12 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
         rows = step_rows(common.query_start_loc_cpu.numpy()[: num_reqs + 1], seq_lens, prefilling)
         budgets = get_budget_table().rows(num_reqs, slots)[rows.requests]
         top_ps = get_top_p_table().rows(num_reqs, slots)[rows.requests]
+        policies = get_policy_table().rows(num_reqs, slots)[rows.requests]
         chunks = prefilling[rows.requests]
-        classes = classify_rows(rows.query_lens, rows.seq_lens, chunks, budgets, self.config, top_ps)
+        classes = classify_rows(rows.query_lens, rows.seq_lens, chunks, budgets, self.config, top_ps, policies)
         self.step_log.add(classes, rows, budgets)
         self.audit.step(classes, rows, common.block_table_tensor)
-        return SortedStep(rows, classes, top_ps)
+        return SortedStep(rows, classes, top_ps, policies)
 
     def _expect(self, common: Any, step: SortedStep, places: np.ndarray) -> None:
         """Have the step's adaptive rows counted; ``places`` ``[num_rows]`` of the rows among those of the chain."""
@@ -264,12 +268,16 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             shares = np.ones(num_reqs, dtype=np.float32)
             shares[step.rows.requests[adaptive]] = step.top_ps[adaptive]
             self.top_ps.put(shares)
+            policies = np.zeros(num_reqs, dtype=np.int32)
+            policies[step.rows.requests] = step.policies
+            self.policies.put(policies)
             self._expect(common, step, step.rows.requests)
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,
             page_budgets=self.page_budgets.tensor[..., :num_reqs],
             top_ps=self.top_ps.tensor[:num_reqs],
+            policies=self.policies.tensor[:num_reqs],
             block_table=common.block_table_tensor,
             reached=self.reached,
             budgets=self.group.budgets,
@@ -286,6 +294,9 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             buffers.page_budgets.put(host)
             shares[step.rows.starts[adaptive]] = step.top_ps[adaptive]
             buffers.top_ps.put(shares)
+            policies = np.zeros(count, dtype=np.int32)
+            policies[step.rows.starts] = step.policies
+            buffers.policies.put(policies)
             self._expect(common, step, step.rows.starts)
         blocks = -(-common.max_seq_len // self.block_size)
         buffers.fill(width, common.seq_lens, common.block_table_tensor, min(blocks, buffers.block_table.shape[1]))
@@ -294,6 +305,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             seq_lens=buffers.seq_lens[:count],
             page_budgets=buffers.page_budgets.tensor[..., :count],
             top_ps=buffers.top_ps.tensor[:count],
+            policies=buffers.policies.tensor[:count],
             block_table=buffers.block_table[:count],
             reached=self.reached,
             budgets=self.group.budgets,
@@ -309,6 +321,7 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
             seq_lens=common.seq_lens[index] - self._to_device(step.rows.lags[chosen]),
             page_budgets=self._to_device(self.group.page_budgets(step.classes).compress(chosen, axis=-1)),
             top_ps=self._to_device(np.where(adaptive, step.top_ps, 1)[chosen].astype(np.float32)),
+            policies=self._to_device(step.policies[chosen]),
             block_table=common.block_table_tensor[index],
             reached=self.reached,
             budgets=self.group.budgets,
@@ -440,6 +453,7 @@ class QuestCudaImpl(_flash.FlashAttentionImpl):  # type: ignore[misc,name-define
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
             top_p=rows.top_ps,
+            policies=rows.policies,
             taken=rows.reached.of(layer, len(rows.seq_lens)),
             out=output,
             page_summary=config.page_summary,

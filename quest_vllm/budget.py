@@ -1,4 +1,4 @@
-"""Per-request budgets: what a request may ask for, and which token budget and top_p each batch slot has.
+"""Per-request settings: what a request may ask for, and which token budget, top_p and policy each batch slot has.
 
 Knows nothing of vLLM: :mod:`quest_vllm.budget_tap` feeds it, the metadata builders read it.
 """
@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quest_vllm.config import MAX_TOKEN_BUDGET, QuestConfig, load_config
+from quest_vllm.config import MASS_POLICIES, MAX_TOKEN_BUDGET, POLICIES, WINDOW, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
 
 XARG = "quest_token_budget"
 """Key of a request's budget in ``vllm_xargs`` (HTTP) and ``SamplingParams.extra_args`` (Python)."""
 TOP_P_XARG = "quest_top_p"
 """Key of a request's share of its budget's mass, beside :data:`XARG`."""
+POLICY_XARG = "quest_policy"
+"""Key of the policy that chooses a request's pages, beside :data:`XARG`."""
 
 
 class _Absent:
@@ -64,6 +66,26 @@ def parse_top_p(value: object, *, default: float, field: str = TOP_P_XARG) -> fl
     raise QuestValueError(f"{field}: expected a number above 0, up to 1, got {shown(value)}")
 
 
+def parse_policy(value: object, *, config: QuestConfig, field: str = POLICY_XARG) -> str:
+    """The policy that a request asked for: :data:`ABSENT` gives the server's own.
+
+    Anything but one of ``config.policies`` raises :class:`QuestValueError` naming ``field``, those and the value.
+    """
+    own, legal = config.group_reduction, config.policies
+    if value is ABSENT:
+        return own
+    if isinstance(value, str) and value in legal:
+        return value
+    why = f" (this server has group_reduction {own}; others need mass)" if value in MASS_POLICIES else ""
+    raise QuestValueError(f"{field}: expected one of {', '.join(map(repr, legal))}, got {shown(value)}{why}")
+
+
+def check_together(policy: str, top_p: float, field: str = TOP_P_XARG) -> None:
+    """Raise :class:`QuestValueError` for a ``top_p`` that a request asked for, below 1, beside the policy "window"."""
+    if policy == WINDOW and top_p < 1:
+        raise QuestValueError(f"{field}: expected 1 or none with policy {WINDOW!r}, got {top_p:g}: it scores no page")
+
+
 def shown(value: object) -> str:
     """``value`` for an error message: its repr, cut to 80 characters, whatever its size or depth."""
     text = _REPR.repr(value)
@@ -91,6 +113,14 @@ def clamp_top_p(value: object, *, default: float) -> float:
         return parse_top_p(value, default=default)
     except QuestValueError:
         return default
+
+
+def clamp_policy(value: object, *, config: QuestConfig) -> int:
+    """As :func:`parse_policy`, for a worker with a resolved ``config``: a place in ``POLICIES``; never raises."""
+    try:
+        return POLICIES.index(parse_policy(value, config=config))
+    except QuestValueError:
+        return POLICIES.index(config.group_reduction)
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,17 @@ class BudgetLimits:
                 f"expected nothing or {default:g}, got {shown(value)}"
             )
         return top_p
+
+    def parse_policy(self, value: object, field: str = POLICY_XARG) -> str:
+        """:func:`parse_policy`, then what the server allows."""
+        own = self.config.group_reduction
+        policy = parse_policy(value, config=self.config, field=field)
+        if policy != own and not self.config.allow_override:
+            raise QuestValueError(
+                f"{field}: this server lets no request override its policy (allow_override is false): "
+                f"expected nothing or {own!r}, got {shown(value)}"
+            )
+        return policy
 
     @property
     def presets(self) -> tuple[int, ...]:
@@ -237,6 +278,7 @@ class BudgetTable:
 
 _table = BudgetTable()
 _top_ps = BudgetTable(empty=1.0, dtype=np.float32)
+_policies = BudgetTable()
 
 
 def get_budget_table() -> BudgetTable:
@@ -247,3 +289,8 @@ def get_budget_table() -> BudgetTable:
 def get_top_p_table() -> BudgetTable:
     """This process's table of top_p, float32; an empty slot reads 1: the whole budget."""
     return _top_ps
+
+
+def get_policy_table() -> BudgetTable:
+    """This process's table of policies: places in :data:`~quest_vllm.config.POLICIES`; no matter in an empty slot."""
+    return _policies

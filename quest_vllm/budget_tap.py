@@ -1,4 +1,4 @@
-"""The logits processor that carries each request's token budget and top_p into the worker, and changes no logits.
+"""The logits processor that carries each request's budget, top_p and policy into the worker, and changes no logits.
 
 Entry point ``vllm.logits_processors``: vLLM validates a request's parameters with it in the API process, and tells it
 in the worker which request has which batch slot. One class serves both model runners: V1 calls ``update_state`` in
@@ -19,17 +19,22 @@ import numpy as np
 
 from quest_vllm.budget import (
     ABSENT,
+    POLICY_XARG,
     TOP_P_XARG,
     XARG,
     BudgetTable,
+    check_together,
+    clamp_policy,
     clamp_token_budget,
     clamp_top_p,
     get_budget_limits,
     get_budget_table,
+    get_policy_table,
     get_top_p_table,
     set_budget_limits,
 )
 from quest_vllm.compat_logits import MoveDirectionality, V1LogitsProcessor, V2LogitsProcessor
+from quest_vllm.config import POLICIES, WINDOW
 from quest_vllm.page.trace import get_trace_table, trace_number
 from quest_vllm.reached import collect_reached, counts_on_device
 from quest_vllm.runtime import config_of
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     import torch
 
     from quest_vllm.compat_logits import BatchUpdate
+
+WINDOW_CODE = POLICIES.index(WINDOW)
 
 
 def requested(sampling_params: Any, xarg: str) -> object:
@@ -64,12 +71,14 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`~quest_vllm.errors.QuestValueError` for a bad budget or top_p; vLLM answers HTTP 400."""
-        budget, top_p = requested_budget(sampling_params), requested(sampling_params, TOP_P_XARG)
+        """Raise :class:`~quest_vllm.errors.QuestValueError` for a bad budget, top_p or policy: HTTP 400."""
+        budget, limits = requested_budget(sampling_params), get_budget_limits()
         if budget is not ABSENT:
-            get_budget_limits().parse(budget)
+            limits.parse(budget)
+        top_p, policy = requested(sampling_params, TOP_P_XARG), requested(sampling_params, POLICY_XARG)
+        checked = limits.parse_policy(policy) if policy is not ABSENT else ""
         if top_p is not ABSENT:
-            get_budget_limits().parse_top_p(top_p)
+            check_together(checked, limits.parse_top_p(top_p))
 
     def is_argmax_invariant(self) -> bool:
         """True: V1 then skips :meth:`apply` for greedy batches."""
@@ -99,12 +108,16 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
         return logits
 
     def _tables(self) -> tuple[BudgetTable, ...]:
-        return self._table, get_top_p_table(), self._traces, get_tally_table()
+        return self._table, get_top_p_table(), get_policy_table(), self._traces, get_tally_table()
 
     def _set(self, slot: int, sampling_params: Any) -> None:
         extra = getattr(sampling_params, "extra_args", None)
         self._table.set(slot, self._budget(sampling_params))
-        get_top_p_table().set(slot, clamp_top_p(requested(sampling_params, TOP_P_XARG), default=self._config.top_p))
+        policy = clamp_policy(requested(sampling_params, POLICY_XARG), config=self._config)
+        get_policy_table().set(slot, policy)
+        # a window scores no page: the server's top_p, and one that skipped validation, have nothing to go by
+        share = 1.0 if policy == WINDOW_CODE else requested(sampling_params, TOP_P_XARG)
+        get_top_p_table().set(slot, clamp_top_p(share, default=self._config.top_p))
         self._traces.set(slot, trace_number(extra))
         get_tally_table().set(slot, tally_number(extra))
 

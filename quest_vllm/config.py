@@ -20,6 +20,9 @@ from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
+WINDOW = "window"
+POLICIES = (*GROUP_REDUCTIONS, WINDOW)  # of a request; a kernel knows one by its place here
+MASS_POLICIES = ("mass", "max", "mean", WINDOW)  # where the server's own is mass
 PAGE_SUMMARIES = ("min_max", "key_codes")
 AUTO = "auto"  # of page_summary and group_reduction: see QuestConfig.resolved
 KEY_CODE_PAGE_SIZE, KEY_CODE_CHANNELS = 16, 64  # the page size of key codes, and what divides their head_dim
@@ -121,6 +124,15 @@ class QuestConfig:
         if self.bound_radius != BOUND_RADIUS:
             return f"bound_radius is set, to {self.bound_radius}, and key codes have none"
         return None
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What a request may name as its policy, the server's own first.
+
+        Every head's scores are at hand, to be joined otherwise, where the server joins them by their masses.
+        """
+        own = self.group_reduction
+        return MASS_POLICIES if own == "mass" else (own, WINDOW)
 
     @property
     def min_token_budget(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import POLICIES, WINDOW, QuestConfig
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -25,7 +25,8 @@ class RowClasses:
 
     ``page_budgets`` and ``num_pages`` are ``[num_rows]``; a sparse row's page budget is below its number of pages, an
     adaptive one's at most that. The masks are ``[num_rows]`` bool. ``adaptive`` are sparse rows with a top_p below 1:
-    what they read is known once their pages are chosen.
+    what they read is known once their pages are chosen. ``windows`` are sparse rows with the policy "window": they read
+    no page summary.
     """
 
     sparse: BoolArray
@@ -33,14 +34,15 @@ class RowClasses:
     num_pages: IntArray
     dense_reasons: dict[str, BoolArray]
     adaptive: BoolArray
+    windows: BoolArray
 
     def counts(self) -> Iterator[tuple[str, str, int]]:
         """Yield ``(path, reason, rows)`` for every class that has a row."""
-        if self.sparse.any():
-            yield "sparse", "budget", int(self.sparse.sum())
-        for reason, rows in self.dense_reasons.items():
-            if rows.any():
-                yield "dense", reason, int(rows.sum())
+        sparse = {"budget": self.sparse & ~self.windows, "window": self.windows}
+        for path, reasons in (("sparse", sparse), ("dense", self.dense_reasons)):
+            for reason, rows in reasons.items():
+                if rows.any():
+                    yield path, reason, int(rows.sum())
 
 
 def classify_rows(
@@ -50,11 +52,13 @@ def classify_rows(
     token_budgets: IntArray,
     config: QuestConfig,
     top_ps: FloatArray | None = None,
+    policies: IntArray | None = None,
 ) -> RowClasses:
     """Sort the rows of a step. All arguments are ``[num_rows]``; a token budget of 0 means dense.
 
     A decode row has one query token: requests with several are cut into rows first. ``top_ps`` None: 1, no row adapts.
     Below it a row with a budget is sparse even where the budget covers the context, unless the forced pages do.
+    ``policies``: places in :data:`~quest_vllm.config.POLICIES`; None: the server's own in every row.
 
     A budget below the forced pages is raised to them here: the API refuses it, but a worker never fails on it.
     """
@@ -71,8 +75,9 @@ def classify_rows(
         adaptive = budgeted & (top_ps < 1) & (num_pages > config.sink_pages + config.recent_pages)
         page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
         covered = (page_budgets >= num_pages) & ~adaptive
+    sparse = budgeted & ~covered
     return RowClasses(
-        sparse=budgeted & ~covered,
+        sparse=sparse,
         page_budgets=page_budgets.astype(np.int32, copy=False),
         num_pages=num_pages.astype(np.int32, copy=False),
         dense_reasons={
@@ -81,6 +86,7 @@ def classify_rows(
             "budget_covers_context": budgeted & covered,
         },
         adaptive=adaptive,
+        windows=np.zeros_like(decode) if policies is None else sparse & (policies == POLICIES.index(WINDOW)),
     )
 
 
@@ -88,13 +94,15 @@ def classify_rows(
 class StepTraffic:
     """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head, summed over layers.
 
-    ``pages_*`` and ``tokens_*`` count the sparse rows only; ``*_vectors`` are K+V pairs of ``head_dim`` elements (a
-    page summary is as large as one such pair) over all decode rows. Dense attention reads a request's context once for
+    ``pages_*`` and ``tokens_*`` count the sparse rows only, ``summaries_read`` those that score their pages;
+    ``*_vectors`` are K+V pairs of ``head_dim`` elements (a page summary is as large as one such pair) over all decode
+    rows. Dense attention reads a request's context once for
     all of its query tokens, a sparse row reads its own pages.
     """
 
     pages_selected: int
     pages_available: int
+    summaries_read: int
     tokens_attended: int
     tokens_available: int
     vectors_read: int
@@ -118,15 +126,17 @@ def measure_traffic(
     layer_pages = rows.page_budgets[None] if layer_pages is None else layer_pages
     num_layers, selected = len(layer_pages), int(layer_pages[:, sparse].sum(dtype=np.int64))
     available = num_layers * int(rows.num_pages[sparse].sum(dtype=np.int64))
+    scored = num_layers * int(rows.num_pages[sparse & ~rows.windows].sum(dtype=np.int64))
     lengths = num_layers * int(seq_lens[sparse].sum(dtype=np.int64))
     # the newest page is always selected, and it alone may be partial
     attended = selected * page_size - (available * page_size - lengths)
     return StepTraffic(
         pages_selected=selected,
         pages_available=available,
+        summaries_read=scored,
         tokens_attended=attended,
         tokens_available=lengths,
-        vectors_read=attended + available + num_layers * int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
+        vectors_read=attended + scored + num_layers * int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
         vectors_dense=num_layers * int(seq_lens[_last(sparse | dense, requests)].sum(dtype=np.int64)),
     )
 

@@ -22,6 +22,7 @@ from quest_vllm.runtime import active_config
 
 ROW_KINDS = (
     ("sparse", "budget"),
+    ("sparse", "window"),
     ("dense", "no_budget"),
     ("dense", "budget_covers_context"),
     ("dense", "prefill"),

@@ -111,6 +111,7 @@ def joined(steps: list[Step]) -> Step:
         num_pages=np.concatenate([c.num_pages for c in classes]),
         dense_reasons={name: np.concatenate([c.dense_reasons[name] for c in classes]) for name in reasons},
         adaptive=np.concatenate([c.adaptive for c in classes]),
+        windows=np.concatenate([c.windows for c in classes]),
     )
     offsets = np.cumsum([0, *(1 + r.requests.max(initial=-1) for r in rows[:-1])])
     whole = StepRows(

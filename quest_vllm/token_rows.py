@@ -93,9 +93,10 @@ class VerifyBuffers:
     """The chain's inputs in steps of ``width`` query tokens a request, at fixed addresses for CUDA graphs.
 
     ``seq_lens`` and ``page_budgets`` are ``[max_tokens]`` int32 (budgets by layer: ``[layers, max_tokens]``),
-    ``top_ps`` float32, ``block_table`` ``[max_tokens, max_blocks]`` int32, ``sparse`` ``[max_tokens]`` bool: the tokens
-    that the chain serves. The others have length 0 in ``seq_lens``: the chain passes over them. ``dense_lens``
-    ``[max_tokens]`` int32, by request, is the reverse: one token for the requests that the chain serves.
+    ``top_ps`` float32, ``policies`` int32, ``block_table`` ``[max_tokens, max_blocks]`` int32, ``sparse``
+    ``[max_tokens]`` bool: the tokens that the chain serves. The others have length 0 in ``seq_lens``: the chain passes
+    over them. ``dense_lens`` ``[max_tokens]`` int32, by request, is the reverse: one token for the requests that the
+    chain serves.
     """
 
     def __init__(self, max_tokens: int, max_blocks: int, device: torch.device, layers: int | None = None) -> None:
@@ -104,6 +105,7 @@ class VerifyBuffers:
         self.seq_lens = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.page_budgets = RowBuffer(max_tokens, 0, torch.int32, device, layers)
         self.top_ps = RowBuffer(max_tokens, 1.0, torch.float32, device)
+        self.policies = RowBuffer(max_tokens, 0, torch.int32, device)
         self.block_table = torch.zeros(max_tokens, max_blocks, dtype=torch.int32, device=device)
         self.sparse = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self.dense_lens = torch.zeros(max_tokens, dtype=torch.int32, device=device)

@@ -163,6 +163,28 @@ Reduction parse_reduction(c10::string_view name) {
   return Reduction::kPerQueryHead;
 }
 
+// What each row does instead of the call's own, by its place in quest_vllm.config.POLICIES; `own` where nothing is said.
+class Policies {
+ public:
+  Policies(const std::optional<Tensor>& policies, Reduction own, int64_t num_reqs) : own_(own) {
+    if (!policies) return;
+    check_int32_rows(*policies, "policies", num_reqs);
+    data_ = policies->const_data_ptr<int32_t>();
+    stride_ = policies->stride(0);
+    for (int64_t row = 0; row < num_reqs; ++row) {
+      const int32_t place = data_[row * stride_];
+      TORCH_CHECK(place >= 0 && place <= int32_t(Reduction::kWindow), "policies[", row, "]: expected 0 to ",
+                  int32_t(Reduction::kWindow), ", got ", place);
+    }
+  }
+  Reduction of(int64_t row) const { return data_ ? Reduction(data_[row * stride_]) : own_; }
+
+ private:
+  Reduction own_;
+  const int32_t* data_ = nullptr;
+  int64_t stride_ = 0;
+};
+
 Summary parse_summary(c10::string_view name, int64_t head_dim, int64_t page_size) {
   if (name == "min_max") return Summary::kMinMax;
   TORCH_CHECK(name == "key_codes", "page_summary: expected min_max or key_codes, got ", name);
@@ -325,7 +347,7 @@ float merge_lse(const float* parts, int64_t count, int64_t group) {
 }
 
 // Second pass of the mass reduction: every head's normaliser, then the scores of every part.
-void combine_parts(const Scores& scores, int64_t heads, int64_t group) {
+void combine_parts(const Scores& scores, int64_t heads, int64_t group, const Policies& policies) {
   const int64_t units = int64_t(scores.first_part.size()) - 1, max_pages = scores.output.size(2);
   const Tensor unit_lse = at::empty({units, group}, scores.output.options());
   float* lse = unit_lse.data_ptr<float>();
@@ -341,13 +363,13 @@ void combine_parts(const Scores& scores, int64_t heads, int64_t group) {
                 [&](int64_t task, int64_t row, int64_t head, int64_t first, int64_t end) {
     const int64_t unit = row * heads + head;
     kernels().combine_mass(MassTask{logits + task * group * kScoreChunk, lse + unit * group,
-                                    out + unit * max_pages + first, group, end - first});
+                                    out + unit * max_pages + first, group, end - first, policies.of(row)});
   });
 }
 
 Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& block_table, const Tensor& seq_lens,
                    int64_t page_size, c10::string_view group_reduction, double bound_radius, double scale,
-                   c10::string_view page_summary) {
+                   c10::string_view page_summary, const std::optional<Tensor>& row_policies) {
   check_summaries(summaries);
   const int64_t heads = summaries.size(1), pages_per_block = summaries.size(2);
   check_page_size(page_size, page_size * pages_per_block);
@@ -361,7 +383,10 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
   std::vector<int64_t> pages =
       checked_lengths(block_table, seq_lens, num_reqs, page_size * pages_per_block, summaries.size(0));
   const std::vector<int64_t> lengths = pages;
-  for (int64_t& count : pages) count = ceil_div(count, page_size);
+  const Policies policies(row_policies, reduction, num_reqs);
+  for (int64_t row = 0; row < num_reqs; ++row) {  // a window needs no score
+    pages[row] = policies.of(row) == Reduction::kWindow ? 0 : ceil_div(pages[row], page_size);
+  }
   const int64_t max_pages = block_table.size(1) * pages_per_block;
   const bool mass = reduction == Reduction::kMass;
   const int64_t outputs_per_head = reduction == Reduction::kPerQueryHead ? group : 1;
@@ -392,13 +417,14 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
     for (int64_t i = 0; i < outputs_per_head; ++i)
       std::fill(row_scores + i * max_pages + end, row_scores + (i + 1) * max_pages, -INFINITY);
   });
-  if (mass) combine_parts(scores, heads, group);
+  if (mass) combine_parts(scores, heads, group, policies);
   return scores.output;
 }
 
 Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
                     int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
-                    const std::optional<Tensor>& top_p, double mass_scale) {
+                    const std::optional<Tensor>& top_p, double mass_scale,
+                    const std::optional<Tensor>& row_policies) {
   check_cpu(page_scores, "page_scores");
   check_dtype(page_scores, "page_scores", at::kFloat);
   check_dim(page_scores, "page_scores", 3);
@@ -411,6 +437,7 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
   TORCH_CHECK(recent_pages >= 0, "recent_pages: expected 0 or more, got ", recent_pages);
   TORCH_CHECK(max_page_budget >= 0, "max_page_budget: expected 0 or more, got ", max_page_budget);
   if (top_p) check_rows(*top_p, "top_p", at::kFloat, num_reqs);
+  const Policies policies(row_policies, Reduction::kMax, num_reqs);
   const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
   const int32_t* budgets = page_budgets.const_data_ptr<int32_t>();
   const float* shares = top_p ? top_p->const_data_ptr<float>() : nullptr;
@@ -430,9 +457,11 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
     static thread_local std::vector<float> mass;
     if (int64_t(scratch.size()) < 2 * pages) scratch.resize(2 * pages);
     if (int64_t(mass.size()) < pages + kLanes) mass.resize(pages + kLanes);
+    const int64_t budget = std::min<int64_t>(budgets[row * page_budgets.stride(0)], max_page_budget);
+    const int64_t window = policies.of(row) == Reduction::kWindow ? std::min(budget, pages) - sink_pages : 0;
     const SelectTask work{scores + row * page_scores.stride(0) + head * page_scores.stride(1),
                           out + task * max_page_budget, scratch.data(), mass.data(), pages,
-                          budgets[row * page_budgets.stride(0)], max_page_budget, sink_pages, recent_pages,
+                          budget, max_page_budget, sink_pages, std::max(recent_pages, window),
                           shares ? shares[row * top_p->stride(0)] : 1.0f, float(mass_scale)};
     kernels().select(work);
   });
@@ -547,10 +576,10 @@ TORCH_LIBRARY(quest_vllm_cpu, library) {
       "str kv_format, str page_summary) -> ()");
   library.def(
       "score_pages(Tensor query, Tensor summaries, Tensor block_table, Tensor seq_lens, int page_size, "
-      "str group_reduction, float bound_radius, float scale, str page_summary) -> Tensor");
+      "str group_reduction, float bound_radius, float scale, str page_summary, Tensor? policies) -> Tensor");
   library.def(
       "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
-      "int recent_pages, int max_page_budget, Tensor? top_p, float mass_scale) -> Tensor");
+      "int recent_pages, int max_page_budget, Tensor? top_p, float mass_scale, Tensor? policies) -> Tensor");
   library.def(
       "sparse_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor selected_pages, int page_size, float scale, float softcap, str kv_format) -> Tensor");

@@ -22,7 +22,8 @@ enum class DType : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 //   kAmx         [block_size/16][D/2][16][2]      [D/16][block_size/2][16][2]          vLLM "amx" (bfloat16)
 enum class Format : int { kRows = 0, kTransposed = 1, kAmx = 2 };
 
-enum class Reduction : int { kMax = 0, kMean = 1, kPerQueryHead = 2, kMass = 3 };
+// How the heads of a group are joined, in the order of quest_vllm.config.POLICIES; kWindow: a row has no scores.
+enum class Reduction : int { kMax = 0, kMean = 1, kMass = 2, kPerQueryHead = 3, kWindow = 4 };
 
 // What a page's two summary rows hold: its minimum and maximum, or the bytes of codes.h.
 enum class Summary : int { kMinMax = 0, kKeyCodes = 1 };
@@ -51,12 +52,13 @@ struct ScoreTask {
   float scale;           // of the logits, for kMass and kKeyCodes
 };
 
-// The scores of one score task under kMass.
+// The scores of one score task under kMass; a row may have kMax or kMean of the logits instead.
 struct MassTask {
   const float* logits;   // [group, kScoreChunk]
   const float* lse;      // [group], of the whole request
   float* scores;         // [pages]
   int64_t group, pages;
+  Reduction policy;
 };
 
 // One row of scores.

@@ -44,7 +44,22 @@ QUEST_INLINE float scale_and_sum(const float* bounds, int64_t count, float scale
   return peak + __builtin_logf(reduce(sum, Add{}));
 }
 
+// The greatest or the mean of the heads' logits; NaN stays.
+inline void combine_logits(const MassTask& task) {
+  const float weight = task.policy == Reduction::kMean ? 1.0f / float(task.group) : 1.0f;
+  for (int64_t i = 0; i < task.pages; ++i) {
+    float score = task.logits[i];
+    for (int64_t g = 1; g < task.group; ++g) {
+      const float logit = task.logits[g * kScoreChunk + i];
+      if (task.policy == Reduction::kMean) score += logit;
+      else score = logit > score || logit != logit ? logit : score;
+    }
+    task.scores[i] = score * weight;
+  }
+}
+
 inline void combine_mass(const MassTask& task) {
+  if (task.policy != Reduction::kMass) return combine_logits(task);
   for (int64_t start = 0; start < task.pages; start += kLanes) {
     const auto share = [&](int64_t g) { return load(task.logits + g * kScoreChunk + start) - task.lse[g]; };
     Vec top = splat(-kInfinity), sum = {};

@@ -1,11 +1,12 @@
-// What a launch is told. No CUDA or framework header: quest_vllm/ops/cuda.py mirrors it field by field.
+// What a launch is told. No CUDA or framework header: quest_vllm/ops/cuda_params.py mirrors it field by field.
 #pragma once
 #include <stdint.h>
 
 namespace quest {
 
 enum PageSummary : int32_t { kMinMax = 0, kKeyCodes = 1 };
-enum GroupReduction : int32_t { kMax = 0, kMean = 1, kMass = 2 };
+// In the order of quest_vllm.config.POLICIES; the last is a row's own: its newest pages, whatever their scores.
+enum Policy : int32_t { kMax = 0, kMean = 1, kMass = 2, kPerQueryHead = 3, kWindow = 4 };
 // Where a CTA's clock is read: start, inputs known, scored, selected, attended, done.
 constexpr int kMarks = 6;
 
@@ -21,6 +22,7 @@ struct DecodeParams {
   const int32_t* seq_lens;      // [num_reqs]
   const int32_t* page_budgets;  // [num_reqs]
   const float* top_p;           // [num_reqs], share of the budget's mass; null: all of it
+  const int32_t* policies;      // [num_reqs]; null: `reduction`, which alone may ask for kMass, in every row
   float* scores;                // [num_reqs, H, max_pages]; null when all stages run
   float* score_scratch;         // [num_reqs, H, rows or 1, plane_pages]; null when a CTA's share fits shared memory
   int32_t* listed;              // [num_reqs, H, max_pages + kMaxCluster], chosen pages for which shared memory is too small

@@ -89,7 +89,7 @@ class PageScorer {
     if (p_.reduction != kMass) return take_range(row_, shared);
     share_mass(shared);
     cluster_sync();
-    return normalise(shared);
+    return combine(shared);
   }
 
   // This lane's block of the first look-up, if the row turns out to be as guessed; it may be past the row's end.
@@ -223,7 +223,36 @@ class PageScorer {
     }
   }
 
-  // Turns the heads' planes into one: score = log2(sum over heads of exp2(s - log_sum)), the page's normalised mass.
+  // Turns the heads' planes into one, as the row's policy has it.
+  __device__ __forceinline__ float2 combine(Shared& shared) {
+    const int32_t policy = policy_of(p_, row_.req);
+    return policy == kMax || policy == kMean ? unweighed(shared, policy == kMean) : normalise(shared);
+  }
+
+  // score = the mean over heads, or the greatest.
+  __device__ __forceinline__ float2 unweighed(Shared& shared, bool mean) {
+    const float weight = mean ? 1.f / p_.rows : 1.f;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < row_.count; i += kThreads) {
+      float score = buffer_[i];
+#pragma unroll 1
+      for (int head = 1; head < p_.rows; ++head) {
+        const float other = buffer_[head * plane_stride_ + i];
+        score = mean ? score + other : nan_max(score, other);
+      }
+      buffer_[i] = weight * score;
+    }
+    float2 range = make_float2(INFINITY, -INFINITY);
+#pragma unroll 1
+    for (int k = lane_id(); k < row_.size * p_.rows; k += 32) {
+      const float4 mass = shared.mass_inbox[k / p_.rows][k % p_.rows];
+      range = make_float2(fminf(range.x, mass.z), fmaxf(range.y, mass.x));
+    }
+    __syncthreads();
+    return finite(warp_range(range));
+  }
+
+  // score = log2(sum over heads of exp2(s - log_sum)), the page's normalised mass.
   __device__ __forceinline__ float2 normalise(Shared& shared) {
 #pragma unroll 1
     for (int head = warp_id(); head < p_.rows; head += kWarps) {
@@ -265,7 +294,10 @@ class PageScorer {
     }
     high = log2_fast(high);
     __syncthreads();
-    return low > -1e30f && high < 1e30f ? make_float2(low, high) : make_float2(-100.f, 10.f);
+    return finite(make_float2(low, high));
+  }
+  __device__ __forceinline__ static float2 finite(float2 range) {
+    return range.x > -1e30f && range.y < 1e30f ? range : make_float2(-100.f, 10.f);
   }
 
   const DecodeParams& p_;

@@ -40,6 +40,9 @@ struct alignas(128) Shared {
 // in a register, it made the scoring spill.
 __device__ __forceinline__ float top_p_of(const DecodeParams& p, int req) { return p.top_p == nullptr ? 1.f : p.top_p[req]; }
 
+// How a request's pages are chosen. Read anew where it is needed, as above.
+__device__ __forceinline__ int32_t policy_of(const DecodeParams& p, int req) { return p.policies == nullptr ? p.reduction : p.policies[req]; }
+
 // One row: a request and a selection head. All CTAs of a cluster see the same one. Of every `size` neighbouring pages a
 // CTA owns one, in an order that a hash shuffles, so that no pattern in the text makes one CTA's part of the chosen pages
 // much longer than another's. It scores its own pages and attends to those of them that are chosen.
@@ -78,7 +81,8 @@ struct Row {
     row.take = max(min(budget, row.total), 0);
     // not `take == total`: ptxas 13.0.88 compiles that to a wrong answer after the clamp above
     row.dense = budget >= row.total && p.stages == (kScore | kSelect | kAttend) && !(top_p_of(p, row.req) < 1.f);
-    const int recent = min(p.recent_pages, row.take);
+    int recent = min(p.recent_pages, row.take);
+    if (policy_of(p, row.req) == kWindow) recent = max(recent, row.take - p.sink_pages);
     const int sink = min(min(p.sink_pages, max(row.total - p.recent_pages, 0)), row.take - recent);
     row.first = sink;
     row.last = row.total - recent;

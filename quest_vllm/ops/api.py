@@ -66,7 +66,7 @@ def compose(
     and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it (or
     to the pages that hold ``top_p`` of its mass, where that is given: ``[num_reqs]`` float32, see
     :func:`quest_vllm.ops.reference.select_pages`). ``taken`` ``[num_reqs, num_select_heads]`` int32, its last dimension
-    contiguous, receives the number of pages attended to.
+    contiguous, receives the number of pages attended to. ``policies`` as in the reference: a row's own way to choose.
     Returns ``out``, ``[num_reqs, num_q_heads, head_dim]``, made when None.
     """
 
@@ -88,13 +88,15 @@ def compose(
         sink_pages: int = 1,
         recent_pages: int = 2,
         top_p: torch.Tensor | None = None,
+        policies: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
+        common: dict[str, Any] = {"page_size": page_size} | ({} if policies is None else {"policies": policies})
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
-        scores = score_pages(query, summaries, *rows, page_size=page_size, page_summary=page_summary, **scoring)
-        options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, "page_size": page_size}
+        scores = score_pages(query, summaries, *rows, page_summary=page_summary, **scoring, **common)
+        options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, **common}
         if top_p is not None:
             options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale, page_summary)}
         width = block_table.shape[1] * summaries.shape[2]
@@ -147,13 +149,13 @@ def _triton() -> Ops:
 
 
 def _cuda(shape: LayerShape | None, page_summary: str) -> Ops:
-    from quest_vllm.ops import cuda
+    from quest_vllm.ops import cuda, cuda_library
 
     cuda.check_device()
     if shape is not None:
         cuda.check_layer(shape.head_dim, shape.rows, shape.page_size, shape.block_size, shape.dtype)
         cuda.check_page_summary(page_summary, shape.rows, shape.page_size, shape.dtype)
-        cuda.prepare(shape.head_dim)
+        cuda_library.prepare(shape.head_dim)
     return _from_module("cuda", cuda)
 
 

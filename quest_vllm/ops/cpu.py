@@ -84,10 +84,11 @@ def score_pages(
     bound_radius: float = 1.0,
     scale: float = 1.0,
     page_summary: str = "min_max",
+    policies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each page from its summary: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end."""
     scores: torch.Tensor = load().score_pages(
-        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale, page_summary
+        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale, page_summary, policies
     )
     return scores
 
@@ -103,10 +104,12 @@ def select_pages(
     max_page_budget: int,
     top_p: torch.Tensor | None = None,
     mass_scale: float = 1.0,
+    policies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose each row's pages: ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded."""
+    forced = (sink_pages, recent_pages)
     selected: torch.Tensor = load().select_pages(
-        page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget, top_p, mass_scale
+        page_scores, seq_lens, page_budgets, page_size, *forced, max_page_budget, top_p, mass_scale, policies
     )
     return selected
 

@@ -9,15 +9,13 @@ most 8 query heads. Nothing falls back.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
 from quest_vllm.ops import cuda_build, key_codes
 from quest_vllm.ops.build_tools import KernelsUnavailable
+from quest_vllm.ops.cuda_library import launch
 from quest_vllm.ops.cuda_params import (
     ATTEND,
     HOPPER,
@@ -29,48 +27,13 @@ from quest_vllm.ops.cuda_params import (
     DecodeParams,
     WriteParams,
 )
+from quest_vllm.ops.cuda_plan import MAX_CLUSTER, Shape, plan
 from quest_vllm.ops.reference import mass_scale_of
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-SHARED_SCORE_BYTES = 33 * 1024  # and the inbox: two CTAs fit an SM, at head_dim 128
-ALL_SCORE_BYTES = 78 * 1024  # one CTA fits an SM
-MAX_CLUSTER = 16  # kMaxCluster in csrc/cuda/common.cuh
-SMALLEST_SHARE = 144  # pages; see kMinimumWork in csrc/cuda/shared.cuh
-NUM_SMS = 132  # of an H100 or H200
 MOST_STRIDE = 2**32  # elements of a cache; attention multiplies 32 bits by 32
 MOST_SUMMARY_BYTES = 2**36  # the kernels count chunks of 16 bytes in 32 bits
 LOG2_E = math.log2(math.e)
-CLUSTER_SIZES = (8, 4, 3, 2)  # by default: larger ones did not all find their SMs, and 6 may not in a whole model
-
-
-@functools.cache
-def load(head_dim: int, warps: int = 8) -> ctypes.CDLL:
-    """Build the library for ``head_dim`` and CTAs of ``warps`` if need be, and load it; its launches, by C name.
-
-    Raises :class:`KernelsUnavailable`.
-    """
-    path = cuda_build.build(head_dim, warps)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(f"cannot load {path}: {error}") from error
-    library.quest_error_string.restype = ctypes.c_char_p
-    for name in ("quest_decode", "quest_write_kv") if warps == 8 else ("quest_decode",):
-        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
-    sizes = [library.quest_params_size(which) for which in (0, 1)]
-    if sizes != [ctypes.sizeof(DecodeParams), ctypes.sizeof(WriteParams)]:
-        raise KernelsUnavailable(f"{path} disagrees with cuda_params.py about the parameters' sizes {sizes}")
-    return library
-
-
-def prepare(head_dim: int) -> None:
-    """Load the kernels that serving needs, before any CUDA graph is captured. Raises :class:`KernelsUnavailable`."""
-    for warps, sources in cuda_build.variants(head_dim).items():
-        library = load(head_dim, warps)
-        for name in ("quest_prepare", "quest_prepare_write")[: len(sources)]:
-            error = getattr(library, name)()
-            if error:
-                raise KernelsUnavailable(f"{name}: {library.quest_error_string(error).decode()}")
 
 
 def check_device() -> None:
@@ -131,95 +94,9 @@ def _check_index(tensor: torch.Tensor, name: str, dtype: torch.dtype = torch.int
         raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}")
 
 
-def _launch(name: str, head_dim: int, params: DecodeParams | WriteParams, dtype: torch.dtype, warps: int = 8) -> None:
-    library = load(head_dim, warps)
-    stream = torch.cuda.current_stream().cuda_stream
-    error = getattr(library, name)(ctypes.byref(params), int(dtype == torch.bfloat16), stream)
-    if error:
-        raise RuntimeError(f"{name}: {library.quest_error_string(error).decode()}")
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a launch's shapes come down to."""
-
-    num_reqs: int
-    num_select_heads: int
-    rows: int
-    head_dim: int
-    max_pages: int
-
-
-@functools.cache
-def _resident_clusters(
-    head_dim: int, warps: int, rows: int, cluster_size: int, plane_pages: int, page_summary: int
-) -> int:
-    """How many clusters of a launch the current GPU runs at a time: less than its SMs over the CTAs of a cluster."""
-    params = DecodeParams(
-        rows=rows,
-        plane_pages=plane_pages,
-        num_reqs=1,
-        num_select_heads=1,
-        reduction=REDUCTIONS["max"],
-        page_summary=page_summary,
-    )
-    params.set_cluster(cluster_size)
-    library, resident = load(head_dim, warps), ctypes.c_int()
-    error = library.quest_resident_clusters(ctypes.byref(params), ctypes.byref(resident))
-    if error:
-        raise RuntimeError(f"quest_resident_clusters: {library.quest_error_string(error).decode()}")
-    return resident.value
-
-
-def _shared_pages(shape: _Shape, planes: int, cluster_size: int, room: int) -> int:
-    """Pages of which a CTA keeps scores in shared memory: its part of the longest context; 0: ``room`` is too small."""
-    share = max(SMALLEST_SHARE, shape.max_pages // cluster_size + 1)
-    pages = -(-share // 16) * 16 + 8  # plus 8: no two planes in the same banks
-    inbox = 8 * (shape.rows * shape.head_dim // 2 + MAX_CLUSTER)  # see quest_decode.cu
-    return pages if 4 * pages + max(4 * pages * (planes - 1), inbox) <= room else 0
-
-
-@functools.cache
-def _plan(
-    shape: _Shape, planes: int, page_summary: int, cluster_size: int | None, warps: int | None
-) -> tuple[int, int, int]:
-    """Cluster size, warps of a CTA, and the pages of which it keeps scores in shared memory, where not all is given.
-
-    16 warps a CTA read faster than 8 where all clusters find their SMs at once: then clusters are as large as that
-    allows. Else 8 warps, two CTAs an SM, and two CTAs even where one would do, so that a long row has two. Measured on
-    an H100 (docs/gpu-chain.md); depends on the batch's size, never on its content.
-    """
-    clusters = max(1, shape.num_reqs * shape.num_select_heads)
-
-    def together(size: int, count: int, pages: int) -> bool:
-        if clusters * size > NUM_SMS:
-            return False
-        launch = (shape.head_dim, count, shape.rows, size, planes * pages, page_summary)
-        return clusters <= _resident_clusters(*launch)
-
-    if warps != 8 and shape.rows <= 8 and 16 in cuda_build.variants(shape.head_dim):
-        for size in CLUSTER_SIZES if cluster_size is None else (cluster_size,):
-            pages = _shared_pages(shape, planes, size, ALL_SCORE_BYTES)
-            if warps == 16 or together(size, 16, pages):
-                return size, 16, pages
-    size = cluster_size or next((size for size in (8, 4) if clusters * size <= NUM_SMS), 2)
-    pages = _shared_pages(shape, planes, size, ALL_SCORE_BYTES)
-    if not together(size, 8, pages):
-        pages = _shared_pages(shape, planes, size, SHARED_SCORE_BYTES)
-    return size, 8, pages
-
-
-def default_cluster_size(
-    num_reqs: int, num_select_heads: int, rows: int, head_dim: int, max_pages: int, page_summary: str, mass: bool
-) -> int:
-    """CTAs of a (request, head)'s cluster in a fused launch that names none; ``rows`` query heads share a selection."""
-    shape = _Shape(num_reqs, num_select_heads, rows, head_dim, max_pages)
-    return _plan(shape, rows if mass else 1, PAGE_SUMMARIES[page_summary], None, None)[0]
-
-
 def _launch_decode(
     params: DecodeParams,
-    shape: _Shape,
+    shape: Shape,
     query: torch.Tensor,
     cluster_size: int | None,
     warps: int | None = None,
@@ -227,7 +104,7 @@ def _launch_decode(
 ) -> None:
     """Launch with the scores where they fit."""
     planes = shape.rows if params.reduction == REDUCTIONS["mass"] else 1
-    size, warps, pages = _plan(shape, planes, params.page_summary, cluster_size, warps)
+    size, warps, pages = plan(shape, planes, params.page_summary, cluster_size, warps)
     params.set_cluster(size)
     if timeline is not None and timeline.shape[2] != size:
         raise ValueError(f"timeline: expected a cluster_size of {size}, got {tuple(timeline.shape)}")
@@ -241,7 +118,7 @@ def _launch_decode(
         params.score_scratch = scratch.data_ptr()
     listed = torch.empty((*rows, shape.max_pages + MAX_CLUSTER), dtype=torch.int32, device=query.device)
     params.listed = listed.data_ptr()
-    _launch("quest_decode", shape.head_dim, params, query.dtype, warps)
+    launch("quest_decode", shape.head_dim, params, query.dtype, warps)
     del scratch, listed
 
 
@@ -253,7 +130,7 @@ def _common(
     page_budgets: torch.Tensor,
     per_query_head: bool,
     page_size: int,
-) -> tuple[DecodeParams, _Shape]:
+) -> tuple[DecodeParams, Shape]:
     """Fill what every stage needs. ``cache`` is the keys or the summaries."""
     num_reqs, num_q_heads, head_dim = query.shape
     num_kv_heads = cache.shape[1]
@@ -263,9 +140,7 @@ def _common(
     _check_index(block_table, "block_table")
     _check_index(seq_lens, "seq_lens")
     _check_index(page_budgets, "page_budgets")
-    shape = _Shape(
-        num_reqs, select_heads, num_q_heads // select_heads, head_dim, block_table.shape[1] * pages_per_block
-    )
+    shape = Shape(num_reqs, select_heads, num_q_heads // select_heads, head_dim, block_table.shape[1] * pages_per_block)
     check_layer(head_dim, shape.rows, page_size, pages_per_block * page_size, query.dtype)
     params = DecodeParams(
         query=query.data_ptr(),
@@ -338,6 +213,7 @@ def quest_decode(
     sink_pages: int = 1,
     recent_pages: int = 2,
     top_p: torch.Tensor | None = None,
+    policies: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     taken: torch.Tensor | None = None,
     chosen: torch.Tensor | None = None,
@@ -378,6 +254,7 @@ def quest_decode(
     # masses that are joined over heads are powers of two until they leave the kernel
     unit = 1.0 if group_reduction == "mass" else LOG2_E * mass_scale_of(group_reduction, scale, page_summary)
     _set_top_p(params, top_p, unit)
+    _set_policies(params, policies)
     _set_taken(params, taken)
     _launch_decode(params, shape, query, cluster_size, warps, timeline)
     return out
@@ -389,6 +266,12 @@ def _set_top_p(params: DecodeParams, top_p: torch.Tensor | None, unit: float) ->
     if top_p is not None:
         _check_index(top_p, "top_p", torch.float32)
         params.top_p = top_p.data_ptr()
+
+
+def _set_policies(params: DecodeParams, policies: torch.Tensor | None) -> None:
+    if policies is not None:
+        _check_index(policies, "policies")
+        params.policies = policies.data_ptr()
 
 
 def _set_taken(params: DecodeParams, taken: torch.Tensor | None) -> None:
@@ -412,6 +295,7 @@ def score_pages(
     bound_radius: float = 1.0,
     scale: float = 1.0,
     page_summary: str = "min_max",
+    policies: torch.Tensor | None = None,
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Run the score stage alone; see :func:`quest_vllm.ops.reference.score_pages`."""
@@ -425,6 +309,7 @@ def score_pages(
     _set_summaries(params, summaries, query.dtype, page_summary)
     params.scores, params.reduction, params.stages = scores.data_ptr(), REDUCTIONS[group_reduction], SCORE
     params.bound_radius, params.scale = bound_radius, scale
+    _set_policies(params, policies)
     _launch_decode(params, shape, query, cluster_size)
     return scores
 
@@ -440,6 +325,7 @@ def select_pages(
     max_page_budget: int,
     top_p: torch.Tensor | None = None,
     mass_scale: float = 1.0,
+    policies: torch.Tensor | None = None,
     cluster_size: int | None = None,
 ) -> torch.Tensor:
     """Run the selection stage alone; see :func:`quest_vllm.ops.reference.select_pages`."""
@@ -458,6 +344,7 @@ def select_pages(
     params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT
     params.sink_pages, params.recent_pages = sink_pages, recent_pages
     _set_top_p(params, top_p, LOG2_E * mass_scale)
+    _set_policies(params, policies)
     _launch_decode(params, shape, query, cluster_size)
     return _as_list(chosen, max_page_budget)
 
@@ -555,7 +442,7 @@ def update_page_summaries(
     The tokens of one page must lie within ``page_size`` positions of one another in ``slot_mapping``.
     """
     params = summary_params(key_cache, summaries, slot_mapping, page_size=page_size, page_summary=page_summary)
-    _launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
+    launch("quest_write_kv", key_cache.shape[3], params, key_cache.dtype)
 
 
 class KvWriter:
@@ -594,4 +481,4 @@ class KvWriter:
         Slots below 0 are padding; ``slot_mapping`` may be shorter than ``key``, and is ordered as for
         :func:`update_page_summaries`.
         """
-        _launch("quest_write_kv", self._head_dim, self.fill(key, value, slot_mapping), self._dtype, 8)
+        launch("quest_write_kv", self._head_dim, self.fill(key, value, slot_mapping), self._dtype, 8)

@@ -19,7 +19,7 @@ class DecodeParams(ctypes.Structure):
     """One launch of quest_decode; see csrc/cuda/params.h for the shapes."""
 
     _fields_ = [
-        *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets top_p"),
+        *_fields(ctypes.c_void_p, "query keys values summaries block_table seq_lens page_budgets top_p policies"),
         *_fields(ctypes.c_void_p, "scores score_scratch listed chosen out taken timeline"),
         *_fields(ctypes.c_int64, "query_req_stride query_head_stride"),
         *_fields(ctypes.c_int64, "key_block_stride key_head_stride key_row_stride"),

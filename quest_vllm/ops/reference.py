@@ -10,6 +10,7 @@ Shapes used throughout:
                             page_summary "key_codes", the bytes that quest_vllm.ops.key_codes describes
     block_table             [num_reqs, max_blocks] int32
     seq_lens, page_budgets  [num_reqs] int32
+    policies                [num_reqs] int32, places in quest_vllm.config.POLICIES; None: every row the call's own
     page_scores             [num_reqs, num_score_heads, max_pages] float32
     selected_pages          [num_reqs, num_score_heads, max_page_budget] int32, ascending, -1 padded
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from quest_vllm.config import GROUP_REDUCTIONS, PAGE_SUMMARIES
+from quest_vllm.config import GROUP_REDUCTIONS, PAGE_SUMMARIES, POLICIES, WINDOW
 from quest_vllm.ops import key_codes
 
 
@@ -126,6 +127,7 @@ def score_pages(
     bound_radius: float = 1.0,
     scale: float = 1.0,
     page_summary: str = "min_max",
+    policies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each page from its summary.
 
@@ -141,6 +143,9 @@ def score_pages(
 
     With ``page_summary`` "key_codes" a page's bound is instead the log of the mass that its codes promise
     (:func:`quest_vllm.ops.key_codes.page_logits`): ``scale`` is inside it, and ``bound_radius`` has no meaning.
+
+    Where the reduction is "mass", ``policies`` lets a row have "max" or "mean" instead, of ``s``: logs of mass, as the
+    others' scores are. What a row with the policy "window" scores has no meaning.
 
     Pages past the end of a request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32. Raises
     ``ValueError`` for an unknown reduction and a radius outside [0, 1].
@@ -165,7 +170,11 @@ def score_pages(
     elif group_reduction == "mean":
         scores = bound.mean(dim=2)
     elif group_reduction == "mass":
-        scores = group_mass((bound * scale).masked_fill(~valid[:, None, None, :], float("-inf")))
+        logits = (bound * scale).masked_fill(~valid[:, None, None, :], float("-inf"))
+        scores = group_mass(logits)
+        if policies is not None:
+            for name, joined in (("max", logits.amax(dim=2)), ("mean", logits.mean(dim=2))):
+                scores = torch.where((policies == POLICIES.index(name))[:, None, None], joined, scores)
     elif group_reduction == "per_query_head":
         scores = bound.flatten(1, 2)
     else:
@@ -198,6 +207,7 @@ def select_pages(
     max_page_budget: int,
     top_p: torch.Tensor | None = None,
     mass_scale: float = 1.0,
+    policies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose the ``min(page_budget, pages)`` best pages of each row; sink and recent pages are always among them.
 
@@ -210,12 +220,20 @@ def select_pages(
     estimated mass is ``exp(mass_scale * score)``: ``mass_scale`` is the attention's scale, and 1 for scores that are
     logs of mass already (:func:`mass_scale_of`). At ``top_p`` 1 or above, and where the mass of a taken page is not
     finite, the budget is spent.
+
+    A row whose entry of ``policies`` is "window" takes the newest pages instead, but for ``sink_pages`` of its budget;
+    none of its pages competes.
     """
     num_reqs, num_heads, max_pages = page_scores.shape
     device = page_scores.device
     total = num_pages(seq_lens, page_size).long()[:, None]  # [num_reqs, 1]
     index = torch.arange(max_pages, device=device)[None, :]
-    recent = (index >= total - recent_pages) & (index < total)
+    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)  # [num_reqs, 1]
+    newest = torch.full_like(take, recent_pages)
+    if policies is not None:
+        is_window = (policies == POLICIES.index(WINDOW))[:, None]
+        newest = torch.where(is_window, (take - sink_pages).clamp(min=recent_pages), newest)
+    recent = (index >= total - newest) & (index < total)
     sink = (index < sink_pages) & (index < total)
     # rank order: recent (newest first), sink (oldest first), then by score
     tier = torch.where(recent, 2, torch.where(sink, 1, 0))
@@ -225,7 +243,6 @@ def select_pages(
     by_score = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     by_tier = torch.sort(tier.gather(-1, by_score), dim=-1, descending=True, stable=True).indices
     ranked = by_score.gather(-1, by_tier)[..., :max_page_budget]
-    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)  # [num_reqs, 1]
     if top_p is not None:
         forced = torch.minimum((tier[:, 0] > 0).sum(dim=-1, keepdim=True), take)
         needed = _pages_for_mass(page_scores.gather(-1, ranked) * mass_scale, take, top_p)

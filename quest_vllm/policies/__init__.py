@@ -1,8 +1,8 @@
 """How a decode step's pages are chosen: one small file a policy, behind one interface.
 
-Served are :class:`BoundPolicy`, whose two operations every implementation has, and :class:`KeyCodesPolicy`, which all
-but the CUDA one have. The others are written in PyTorch and exist to measure how far those are from what could be had;
-no backend offers them.
+Served are :class:`BoundPolicy` and :class:`KeyCodesPolicy`, of which a server has one, and by request
+:class:`WindowPolicy` or another ``group_reduction``: every implementation has their operations. The others are written
+in PyTorch and exist to measure how far those are from what could be had; no backend offers them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from quest_vllm.policies.bound import BoundPolicy
 from quest_vllm.policies.heavy_hitters import HeavyHitterPolicy
 from quest_vllm.policies.key_codes import KeyCodesPolicy
 from quest_vllm.policies.oracle import OraclePolicy
+from quest_vllm.policies.shared_pool import SharedPoolPolicy
 from quest_vllm.policies.split_boxes import SplitBoxPolicy
 from quest_vllm.policies.two_stage import TwoStagePolicy
 from quest_vllm.policies.window import WindowPolicy
@@ -24,6 +25,7 @@ __all__ = [
     "KeyCodesPolicy",
     "OraclePolicy",
     "PagePolicy",
+    "SharedPoolPolicy",
     "SplitBoxPolicy",
     "TwoStagePolicy",
     "WindowPolicy",

@@ -51,7 +51,12 @@ class BoundPolicy:
 
 
 def select(
-    ops: Ops, page_scores: torch.Tensor, step: DecodeStep, top_p: float = 1.0, mass_scale: float = 1.0
+    ops: Ops,
+    page_scores: torch.Tensor,
+    step: DecodeStep,
+    top_p: float = 1.0,
+    mass_scale: float = 1.0,
+    policies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The step's budgets and forced pages, and one ``top_p`` for all rows, applied to ``page_scores``."""
     shares = torch.full(step.seq_lens.shape, top_p, device=step.seq_lens.device)
@@ -64,5 +69,6 @@ def select(
         sink_pages=step.sink_pages,
         recent_pages=step.recent_pages,
         max_page_budget=step.max_page_budget,
+        policies=policies,
         **adaptive,
     )

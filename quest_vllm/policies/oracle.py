@@ -28,9 +28,13 @@ class OraclePolicy:
     ops: Ops
     top_p: float = 1.0
 
+    def scores(self, step: DecodeStep) -> torch.Tensor:
+        """Log of each page's mass, ``[num_reqs, num_kv_heads, max_pages]`` float32."""
+        return group_mass(page_logits(step))
+
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
-        return select(self.ops, group_mass(page_logits(step)), step, self.top_p)
+        return select(self.ops, self.scores(step), step, self.top_p)
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
         """See :class:`quest_vllm.policies.base.PagePolicy`: every key, and the values of the selected pages."""

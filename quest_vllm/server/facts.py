@@ -52,6 +52,7 @@ def describe(limits: BudgetLimits, served: list[str]) -> dict[str, Any]:
             "override_allowed": config.allow_override,
         },
         "top_p": {"default": config.top_p},
+        "policies": list(config.policies if config.allow_override else config.policies[:1]),
         "aliases": dict(config.aliases),
         "page_size": config.page_size,
         "policy": {

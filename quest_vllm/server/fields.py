@@ -1,11 +1,11 @@
 """What a request says about sparse attention, merged into the one place that vLLM carries to the worker.
 
 Three ways to name a budget: ``"sparse_attention": {"token_budget": 1024}``, ``"vllm_xargs": {"quest_token_budget":
-1024}``, and a model name that ends in an alias. They may agree, they may not differ; ``top_p`` has the first two. The
-body is rewritten only where the object or an alias is in it, or a top_p below 1 in force: the worker then counts under
-a number that goes along. ``vllm_xargs`` is checked here too, although our logits processor does it again: vLLM
-types its values as str, int, float or list, so it would turn ``false`` into 0 (dense!), ``true`` into 1, and answer
-``null`` without naming the range; and some of its routes log a traceback for every value refused so late.
+1024}``, and a model name that ends in an alias. They may agree, they may not differ; ``top_p`` and ``policy`` have the
+first two. The body is rewritten only where the object or an alias is in it, or a top_p below 1 in force: the worker
+then counts under a number that goes along. ``vllm_xargs`` is checked here too, although our logits processor does it
+again: vLLM types its values as str, int, float or list, so it would turn ``false`` into 0 (dense!), ``true`` into 1,
+and answer ``null`` without naming the range; and some of its routes log a traceback for every value refused so late.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quest_vllm.budget import ABSENT, TOP_P_XARG, XARG, BudgetLimits, shown
+from quest_vllm.budget import ABSENT, POLICY_XARG, TOP_P_XARG, XARG, BudgetLimits, check_together, shown
+from quest_vllm.config import WINDOW
 from quest_vllm.errors import QuestValueError
 from quest_vllm.server.asgi import Refusal
 from quest_vllm.server.guards import refuse_crashing
@@ -54,6 +56,31 @@ class SparseAttention(BaseModel):
         ),
         examples=[0.95],
     )
+    policy: str = Field(
+        default_factory=str,
+        description=(
+            'How a decode step chooses its pages: "window", the first and the newest whatever the query, or how the '
+            "scores of the query heads that share a KV head are joined. Without it, the server's own. "
+            "GET /v1/sparse_attention lists the legal names."
+        ),
+        examples=[WINDOW],
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a request may set: ``key`` in the object, ``xarg`` in ``vllm_xargs``, both checked by ``parse``."""
+
+    key: str
+    xarg: str
+    what: str  # its name in messages
+    parse: Callable[[BudgetLimits, object, str], object]  # limits, value, field
+
+
+BUDGET = Setting("token_budget", XARG, "budget", BudgetLimits.parse)
+TOP_P = Setting("top_p", TOP_P_XARG, "top_p", BudgetLimits.parse_top_p)
+POLICY = Setting("policy", POLICY_XARG, "policy", BudgetLimits.parse_policy)
+SETTINGS = (BUDGET, TOP_P, POLICY)
 
 
 @dataclass(frozen=True)
@@ -63,8 +90,8 @@ class Asked:
     ``budget``: a legal budget in tokens, :data:`~quest_vllm.budget.ABSENT` if none is named. ``model``: the aliased
     name to answer with, or None.
     ``one_sequence``: one prompt, one answer, one generation. ``countable``: whether several sequences can be told apart
-    by the token ids of their choices. ``request_id``: the body's own name for the request, or None. ``top_p`` is the
-    one in force; ``tally``: the number under which the worker counts where that is below 1; 0: none.
+    by the token ids of their choices. ``request_id``: the body's own name for the request, or None. ``top_p`` and
+    ``policy`` are those in force; ``tally``: the number under which the worker counts where top_p is below 1; 0: none.
     """
 
     budget: object = ABSENT
@@ -73,6 +100,7 @@ class Asked:
     countable: bool = False
     request_id: str | None = None
     top_p: float = 1.0
+    policy: str = ""
     tally: int = 0
 
 
@@ -99,35 +127,48 @@ def read_request(body: bytes, limits: BudgetLimits, served: Collection[str] | No
 def _merge(request: dict[str, Any], limits: BudgetLimits, served: Collection[str] | None) -> tuple[Asked, bool]:
     """Merge in place; also returns whether anything changed."""
     _refuse_near_miss(request)
-    named: dict[str, object] = {}
-    shares: dict[str, object] = {}
     model, alias = request.get("model"), _alias(request.get("model"), limits, served)
     changed = OBJECT in request or alias is not None
-    if alias is not None:
-        request["model"], named[f"model {shown(model)}"] = alias
-    if OBJECT in request:
-        given = parse_object(request.pop(OBJECT), limits)
-        for key, into in (("token_budget", named), ("top_p", shares)):
-            if key in given:
-                into[f"{OBJECT}.{key}"] = given[key]
+    given = parse_object(request.pop(OBJECT), limits) if OBJECT in request else {}
     xargs = request.get(XARGS)
-    if isinstance(xargs, dict) and XARG in xargs:
-        named[f"{XARGS}.{XARG}"] = _checked(limits.parse, xargs[XARG], f"{XARGS}.{XARG}")
-    if isinstance(xargs, dict) and TOP_P_XARG in xargs:
-        shares[f"{XARGS}.{TOP_P_XARG}"] = _checked(limits.parse_top_p, xargs[TOP_P_XARG], f"{XARGS}.{TOP_P_XARG}")
-    budget, share = _agreed(named, "budget"), _agreed(shares, "top_p")
-    top_p = limits.parse_top_p(share)
+    named = {setting: _named(setting, given, xargs, limits) for setting in SETTINGS}
+    if alias is not None:
+        request["model"], budget = alias
+        named[BUDGET] = {f"model {shown(model)}": budget, **named[BUDGET]}
+    agreed = {setting: _agreed(values, setting.what) for setting, values in named.items()}
+    policy = limits.parse_policy(agreed[POLICY])
+    for field, share in named[TOP_P].items():
+        _checked(partial(check_together, policy), share, field)
+    top_p = 1.0 if policy == WINDOW else limits.parse_top_p(agreed[TOP_P])
     tally = new_tally() if top_p < 1 else 0
-    added = {XARG: budget, TOP_P_XARG: share, TALLY_XARG: tally or ABSENT}
+    added = {setting.xarg: value for setting, value in agreed.items()} | {TALLY_XARG: tally or ABSENT}
     added = {key: value for key, value in added.items() if value is not ABSENT}
     # any other vllm_xargs is for vLLM to refuse
     if added and (xargs is None or isinstance(xargs, dict)):
         request[XARGS] = {**(xargs or {}), **added}
-    one, several = _is_one_sequence(request), not _is_opaque(request)
     name = request.get("request_id")
-    own_name = name if isinstance(name, str) else None
-    served_model = model if alias is not None else None
-    return Asked(budget, served_model, one, several, own_name, top_p, tally), changed or tally > 0
+    asked = Asked(
+        budget=agreed[BUDGET],
+        model=model if alias is not None else None,
+        one_sequence=_is_one_sequence(request),
+        countable=not _is_opaque(request),
+        request_id=name if isinstance(name, str) else None,
+        top_p=top_p,
+        policy=policy,
+        tally=tally,
+    )
+    return asked, changed or tally > 0
+
+
+def _named(setting: Setting, given: Mapping[str, Any], xargs: object, limits: BudgetLimits) -> dict[str, object]:
+    """What the object and ``vllm_xargs`` name, checked, by field. Raises :class:`Refusal` for a bad value."""
+    values: dict[str, object] = {}
+    if setting.key in given:
+        values[f"{OBJECT}.{setting.key}"] = given[setting.key]
+    if isinstance(xargs, dict) and setting.xarg in xargs:
+        field = f"{XARGS}.{setting.xarg}"
+        values[field] = _checked(partial(setting.parse, limits), xargs[setting.xarg], field)
+    return values
 
 
 def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
@@ -140,10 +181,9 @@ def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
             near = difflib.get_close_matches(key[:64], known, n=1, cutoff=0.0)[0]
             message = f"{OBJECT}: unknown key {shown(key)}; did you mean {near!r}? Known keys: {', '.join(known)}"
             raise Refusal(400, f"{OBJECT}.{key[:64]}", message)
-    if "token_budget" in value:
-        _checked(limits.parse, value["token_budget"], f"{OBJECT}.token_budget")
-    if "top_p" in value:
-        _checked(limits.parse_top_p, value["top_p"], f"{OBJECT}.top_p")
+    for setting in SETTINGS:
+        if setting.key in value:
+            _checked(partial(setting.parse, limits), value[setting.key], f"{OBJECT}.{setting.key}")
     try:
         return SparseAttention.model_validate(value).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -152,9 +192,9 @@ def parse_object(value: object, limits: BudgetLimits) -> dict[str, Any]:
         raise Refusal(400, field, f"{field}: {first['msg']}, got {shown(first['input'])}") from None
 
 
-def _checked(parse: Callable[[object, str], float], value: object, field: str) -> float:
+def _checked(check: Callable[[Any, str], object], value: object, field: str) -> object:
     try:
-        return parse(value, field)
+        return check(value, field)
     except QuestValueError as error:
         raise Refusal(400, field, str(error)) from None
 

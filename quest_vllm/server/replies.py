@@ -145,7 +145,7 @@ class GenerationReply:
             sequences = self._sequences.lengths(*totals)
         if sequences is not None:
             config = get_budget_limits().config
-            counted = count_usage(sequences, budget, config, asked.top_p, find_tally(asked.tally))
+            counted = count_usage(sequences, budget, config, asked.top_p, find_tally(asked.tally), asked.policy)
             reply["usage"]["sparse_attention"] = counted.model_dump()
 
 

@@ -44,10 +44,11 @@ class GenerationRequest:
         return {"type": "http.request", "body": body, "more_body": False}
 
     def _trace(self, body: bytes) -> bytes:
-        """Note the budget for the request's span; the body may gain the id that finds it again."""
+        """Note what is in force for the request's span; the body may gain the id that finds it again."""
         body, name = spans.name_request(self._scope, body, self.asked.request_id)
         if name is not None:
-            spans.note(name, spans.Noted(self.token_budget, self.asked.top_p, self.asked.tally))
+            asked = self.asked
+            spans.note(name, spans.Noted(self.token_budget, asked.top_p, asked.policy, asked.tally))
         return body
 
     async def _read(self) -> bytes | None:

@@ -38,10 +38,11 @@ _SEQUENCE = re.compile(r"[-_]\d+$")
 
 @dataclass(frozen=True)
 class Noted:
-    """What was in force for a request: budget in tokens (0: dense), top_p, and the number of its tally (0: none)."""
+    """What was in force for a request: budget in tokens (0: dense), top_p, policy, and its tally's number (0: none)."""
 
     token_budget: int
     top_p: float = 1.0
+    policy: str = ""
     tally: int = 0
 
 
@@ -105,8 +106,8 @@ def noted(external_id: str) -> Noted | None:
     return _noted.get(name, _noted.get(_SEQUENCE.sub("", name)))
 
 
-def policy_text(config: QuestConfig) -> str:
-    """How pages are chosen, as one attribute."""
+def settings_text(config: QuestConfig) -> str:
+    """What the server chooses pages by, as one attribute."""
     keys = ("page_summary", "group_reduction", "bound_radius", "sink_pages", "recent_pages", "page_size")
     return ", ".join(f"{key}={getattr(config, key)}" for key in keys)
 
@@ -117,12 +118,12 @@ def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
     if of is None:
         return {}
     config = get_budget_limits().config
-    found: dict[str, Any] = {"quest.token_budget": of.token_budget, "quest.top_p": of.top_p}
-    found["quest.policy"] = policy_text(config)
+    found: dict[str, Any] = {"quest.token_budget": of.token_budget, "quest.top_p": of.top_p, "quest.policy": of.policy}
+    found["quest.settings"] = settings_text(config)
     prompt, completion = (span.get(name) for name in LENGTHS)
     if steps_follow() and isinstance(prompt, int) and isinstance(completion, int):
         usage = count_usage(
-            [(prompt, completion)], of.token_budget, config, of.top_p, find_tally(of.tally)
+            [(prompt, completion)], of.token_budget, config, of.top_p, find_tally(of.tally), of.policy
         ).model_dump()
         found |= {f"quest.{key}": value for key, value in usage.items() if value is not None}
     return found

@@ -27,6 +27,7 @@ class SparseUsage(BaseModel):
 
     token_budget: int = Field(description="Budget in force, in tokens; 0: dense.")
     top_p: float = Field(description="Share of the budget's estimated mass in force; 1: the whole budget is spent.")
+    policy: str = Field(description="Policy in force, by which sparse steps chose their pages.")
     mean_tokens_attended: float | None = Field(
         description=(
             "Tokens that a decode step attended to, dense steps included; null without a decode step, and under top_p "
@@ -46,10 +47,12 @@ def count_usage(
     config: QuestConfig,
     top_p: float = 1.0,
     tally: Tally | None = None,
+    policy: str | None = None,
 ) -> SparseUsage:
     """Usage of ``sequences``, each ``(prompt tokens, completion tokens)``, decoded with ``token_budget`` (0: dense).
 
-    ``tally`` is what the worker counted of the steps that ``top_p`` made adaptive.
+    ``tally`` is what the worker counted of the steps that ``top_p`` made adaptive. ``policy`` None: the server's own;
+    each takes as many pages.
     """
     # step k of a sequence, from 1, sees the prompt and the k tokens before its own
     spans = [np.arange(1, max(1, completion), dtype=np.int32) + prompt for prompt, completion in sequences]
@@ -67,7 +70,7 @@ def count_usage(
     layer_pages = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else rows.page_budgets[None]
     layers = len(layer_pages)
     traffic = measure_traffic(rows, seq_lens, config.page_size, layer_pages=layer_pages)
-    attended = (traffic.vectors_read - traffic.pages_available) / layers  # a summary is one vector a page
+    attended = (traffic.vectors_read - traffic.summaries_read) / layers  # a summary is one vector a page
     pages = traffic.pages_selected / layers
     adaptive = int(rows.adaptive.sum())
     known = adaptive == 0 or (tally is not None and tally.steps > 0)
@@ -78,6 +81,7 @@ def count_usage(
     return SparseUsage(
         token_budget=token_budget,
         top_p=top_p,
+        policy=policy or config.group_reduction,
         mean_tokens_attended=round(attended / steps, 2) if steps and known else None,
         pages_selected=round(pages) if known else None,
         pages_available=traffic.pages_available // layers + int(rows.num_pages[rows.adaptive].sum()),

@@ -106,6 +106,21 @@ def test_top_p_reads_less_and_the_reply_says_how_much(api: Api) -> None:
     assert abs(total / observed - usage["mean_tokens_attended"]) < 0.01
 
 
+@pytest.mark.parametrize("policy", [None, "mass", "max", "mean", "window"])
+@pytest.mark.parametrize("ours", [True, False], ids=["object", "xargs"])
+def test_a_reply_names_the_policy_in_force(api: Api, policy: str | None, ours: bool) -> None:
+    counters = Counters(api)
+    named = {} if policy is None else {"policy": policy} if ours else {"quest_policy": policy}
+    options = {"sparse_attention": {"token_budget": 128, **named}} if ours else {"vllm_xargs": named}
+    answer = api.client().completions.create(
+        model=MODEL_NAME, prompt=prompt_ids(2200), max_tokens=5, extra_body=options | EXACT
+    )
+    usage = answer.usage.sparse_attention
+    assert (usage["policy"], usage["top_p"]) == (policy or "mass", 1.0)
+    assert usage["pages_selected"] == 4 * (8 if ours else 128)
+    counters.must_equal(usage)
+
+
 def test_completion_reports_what_the_worker_counted(api: Api) -> None:
     counters = Counters(api)
     answer = api.client().completions.create(
@@ -218,6 +233,16 @@ def test_aliases(api: Api) -> None:
         ({"sparse_attention": {"budget": 512}}, ["'budget'", "did you mean 'token_budget'"]),
         ({"sparse_atention": {"token_budget": 512}}, ["did you mean 'sparse_attention'"]),
         (sparse(512) | {"vllm_xargs": {"quest_token_budget": 1024}}, ["512", "1024", "same budget"]),
+        ({"sparse_attention": {"policy": "windw"}}, ["sparse_attention.policy", "'mass', 'max'", "got 'windw'"]),
+        ({"vllm_xargs": {"quest_policy": 3}}, ["vllm_xargs.quest_policy", "'mean', 'window'", "got 3"]),
+        (
+            {"sparse_attention": {"policy": "window"}, "vllm_xargs": {"quest_policy": "max"}},
+            ["vllm_xargs.quest_policy", "same policy as sparse_attention.policy, 'window'", "got 'max'"],
+        ),
+        (
+            {"sparse_attention": {"policy": "window", "top_p": 0.9}},
+            ["sparse_attention.top_p", "with policy 'window'", "got 0.9"],
+        ),
     ],
 )
 @pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
@@ -281,6 +306,7 @@ def test_the_route_describes_the_server(api: Api) -> None:
         "dense_allowed": True,
         "override_allowed": True,
     }
+    assert answer["policies"] == ["mass", "max", "mean", "window"]
     assert answer["page_size"] == 16 and answer["policy"]["sink_pages"] == 1
     # what "auto" became there
     assert (answer["policy"]["page_summary"], answer["policy"]["group_reduction"]) == ("key_codes", "mass")
@@ -295,7 +321,8 @@ def test_openapi(api: Api) -> None:
     for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
         assert parts[name]["properties"]["sparse_attention"] == {"$ref": "#/components/schemas/SparseAttention"}
     assert parts["SparseAttention"]["properties"]["token_budget"]["type"] == "integer"
-    assert set(parts["SparseUsage"]["properties"]) >= {"token_budget", "decode_steps", "pages_selected"}
+    assert parts["SparseAttention"]["properties"]["policy"]["type"] == "string"
+    assert set(parts["SparseUsage"]["properties"]) >= {"token_budget", "policy", "decode_steps", "pages_selected"}
 
 
 def test_anthropic_messages_take_object_and_alias(api: Api) -> None:

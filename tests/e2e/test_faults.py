@@ -62,6 +62,7 @@ def test_a_full_disk_changes_nothing(server: Server, disk: Path) -> None:
     assert ask(server, 128).usage.sparse_attention["pages_selected"] == 7 * 8
     assert 0 < ask(server, 256, top_p=0.5).usage.sparse_attention["mean_tokens_attended"] <= 256
     assert server.metrics()['quest_decode_rows_total{path="sparse",reason="budget"}'] == before + 2 * 7
+    assert ask(server, 128, policy="window").usage.sparse_attention["policy"] == "window"
 
 
 def test_start_ups_that_cannot_be(server: Server, model_path: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_span_of_a_request_says_what_its_reply_says(server: Server, traces: 
     said = answer.usage.sparse_attention
     assert said["pages_selected"] == 8 * 8
     assert {key: span[f"quest.{key}"] for key in said} == said
-    assert "sink_pages=1" in span["quest.policy"]
+    assert "sink_pages=1" in span["quest.settings"]
     assert span["gen_ai.usage.completion_tokens"] == 9
 
 

@@ -154,6 +154,19 @@ def test_top_p_is_each_rows_own_and_is_counted(llm: Any) -> None:
     assert find_tally(903) is None  # a fixed budget: usage follows from lengths
 
 
+def test_policy_is_each_rows_own(llm: Any) -> None:
+    """A window has not seen the number in the middle; its neighbours have, however their heads are joined."""
+    prompt = passkey_prompt(48213, 90)
+    names = ["mass", "window", "max", "window", "mean"]
+    sampling = [params(512, 8) for _ in names]
+    for made, name in zip(sampling, names, strict=True):
+        made.extra_args |= {"quest_policy": name}
+    texts = [output.outputs[0].text for output in llm.generate([prompt] * len(names), sampling, use_tqdm=False)]
+    assert ["48213" in text for text in texts] == [name != "window" for name in names], texts
+    alone = llm.generate([prompt], [sampling[1]], use_tqdm=False)[0].outputs[0].text
+    assert "48213" not in alone
+
+
 def counters(llm: Any) -> dict[str, float]:
     """vLLM's own, so far."""
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from quest_vllm.ops import build_tools, cuda, cuda_build
+from quest_vllm.ops import build_tools, cuda_build, cuda_library
 from quest_vllm.ops.build_tools import KernelsUnavailable
 
 
@@ -34,8 +34,8 @@ def test_kernels_compile_and_spill_little(nvcc: list[str], source: str, warps: i
 
 def test_library_loads_and_parameters_have_the_same_size(nvcc: list[str], tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("QUEST_VLLM_CACHE", str(tmp_path))
-    cuda.load.cache_clear()
-    library = cuda.load(64)  # raises where the sizes differ
+    cuda_library.load.cache_clear()
+    library = cuda_library.load(64)  # raises where the sizes differ
     assert all(hasattr(library, name) for name in ("quest_prepare", "quest_prepare_write"))
     assert cuda_build.library_path(64).is_file()
 

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quest_vllm.ops import cuda, reference
+from quest_vllm.config import POLICIES
+from quest_vllm.ops import cuda, cuda_plan, reference
 from tests.kernels.cuda_on_host import build
 from tests.kernels.paged import PagedCase, make_case
 from tests.kernels.test_cuda_codes import rounding
@@ -51,9 +52,9 @@ def on_host(
             "threads wait for ever"
         )
 
-    monkeypatch.setattr(cuda, "_launch", launch)
-    monkeypatch.setattr(cuda, "_resident_clusters", lambda *_: 10**6)
-    cuda._plan.cache_clear()
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda_plan, "resident_clusters", lambda *_: 10**6)
+    cuda_plan.plan.cache_clear()
 
 
 def make(
@@ -116,6 +117,17 @@ def test_any_lengths_and_budgets(rows: list[tuple[int, int]], group: int, policy
     check(make((1, group, 128, 16), policy["page_summary"], lengths=lengths), budgets, policy, cluster)
 
 
+@pytest.mark.parametrize(("shape", "top_p"), [(SHAPES[0], None), (SHAPES[1], 0.6), (SHAPES[2], None)])
+@pytest.mark.parametrize("policy", [CODES, BOXES | {"group_reduction": "mass"}, BOXES])
+@pytest.mark.usefixtures("on_host")
+def test_rows_with_a_policy_of_their_own(shape: tuple[int, ...], top_p: float | None, policy: dict[str, Any]) -> None:
+    names = ["max", "mean", "window", "max", "mean", "window"]
+    if policy["group_reduction"] != "mass":  # its heads' scores are joined as they are made
+        names = ["window", "max", "max", "max", "window", "window"]
+    budgets = [3, 2**30, 5, 5, 20, 40]
+    check(make(shape, policy["page_summary"]), budgets, policy, 3, top_p=top_p, policies=names)
+
+
 @pytest.mark.parametrize("policy", [CODES, BOXES])
 @pytest.mark.usefixtures("on_host")
 def test_a_row_does_not_see_its_neighbours(policy: dict[str, Any]) -> None:
@@ -148,27 +160,37 @@ def check(
     warps: int = 8,
     top_p: float | None = None,
     softcap: float = 0.0,
+    policies: Sequence[str] | None = None,
 ) -> None:
     """The fused launch chooses what the reference chooses by the scores of the stage alone, and attends to that."""
     count, head_dim, block_size = len(page_budgets), case.query.shape[2], case.views.keys.shape[2]
     heads = case.query.shape[1] if policy["group_reduction"] == "per_query_head" else case.views.keys.shape[1]
     caches = (case.views.keys, case.views.values, case.views.summaries)
     rows = (case.block_table, case.seq_lens, torch.tensor(page_budgets, dtype=torch.int32))
-    shares = None if top_p is None else torch.full((count,), top_p)
+    own = None if policies is None else torch.tensor([POLICIES.index(name) for name in policies], dtype=torch.int32)
+    windows = torch.tensor([name == "window" for name in policies or [""] * count])
+    shares = None if top_p is None else torch.where(windows, 1.0, torch.full((count,), top_p))
     scale = head_dim**-0.5
     chosen = torch.zeros(count, heads, case.block_table.shape[1] * block_size // 16, dtype=torch.uint8)
     taken = torch.zeros(count, heads, dtype=torch.int32)
-    launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, **policy}
+    launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, "policies": own, **policy}
     counts = {"chosen": chosen, "taken": taken}
     out = cuda.quest_decode(case.query, *caches, *rows, softcap=softcap, top_p=shares, **counts, **launch)
 
     launch.pop("warps")
     scores = cuda.score_pages(case.query, case.views.summaries, *rows[:2], **launch)
     unit = reference.mass_scale_of(policy["group_reduction"], scale, policy["page_summary"])
-    budgets = {"page_size": 16, "max_page_budget": chosen.shape[-1], "top_p": shares, "mass_scale": unit}
+    budgets = {
+        "page_size": 16,
+        "max_page_budget": chosen.shape[-1],
+        "top_p": shares,
+        "mass_scale": unit,
+        "policies": own,
+    }
     pages = reference.select_pages(scores, *rows[1:], **budgets)
     flags = cuda._as_flags(pages, chosen.shape[-1])
-    choosing = (rows[2] < -(-case.seq_lens // 16)) | (top_p is not None)
+    choosing = rows[2] < -(-case.seq_lens // 16)
+    choosing |= torch.zeros_like(choosing) if shares is None else shares < 1
     by_rounding = 0 if top_p is None else 1  # where the share is reached to the last bit
     assert (chosen[choosing] != flags[choosing]).sum() <= by_rounding
     assert torch.equal(taken, torch.where(choosing[:, None], chosen.sum(-1), flags.sum(-1)).int())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from quest_vllm.ops import cuda
+from quest_vllm.ops import cuda_plan
 from quest_vllm.ops.cuda_params import PAGE_SUMMARIES, DecodeParams
 
 # clusters that one H100 runs at a time, by their size (cudaOccupancyMaxActiveClusters)
@@ -23,12 +23,12 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, int]]
         most = 78 if warps == 16 else 33  # KiB of scores beside which a CTA of 16, or two of 8, fit an SM
         return WITH_16_WARPS[size] * (1 if warps == 16 or 4 * pages > most * 1024 else 2)
 
-    monkeypatch.setattr(cuda, "_resident_clusters", resident)
-    cuda._plan.cache_clear()
+    monkeypatch.setattr(cuda_plan, "resident_clusters", resident)
+    cuda_plan.plan.cache_clear()
 
     def run(num_reqs: int, rows: int = 4, head_dim: int = 128, planes: int = 4, **named: int | None) -> tuple[int, ...]:
-        shape = cuda._Shape(num_reqs, 8, rows, head_dim, named.pop("max_pages", None) or MAX_PAGES)
-        return cuda._plan(shape, planes, CODES, named.get("cluster_size"), named.get("warps"))
+        shape = cuda_plan.Shape(num_reqs, 8, rows, head_dim, named.pop("max_pages", None) or MAX_PAGES)
+        return cuda_plan.plan(shape, planes, CODES, named.get("cluster_size"), named.get("warps"))
 
     return run
 
@@ -37,7 +37,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int, int]]
 def clear() -> object:
     """Nothing of the pretended GPU outlives a test."""
     yield
-    cuda._plan.cache_clear()
+    cuda_plan.plan.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_clusters_are_as_large_as_all_of_them_run_at_a_time(
 
 def test_scores_lie_in_shared_memory_where_they_fit(plan: Callable[..., tuple[int, int, int]]) -> None:
     size, _, pages = plan(1)
-    assert MAX_PAGES / size < pages <= cuda.ALL_SCORE_BYTES / 4 / 4
+    assert MAX_PAGES / size < pages <= cuda_plan.ALL_SCORE_BYTES / 4 / 4
     assert plan(1, max_pages=65536)[2] == 0
 
 
@@ -71,7 +71,7 @@ def test_what_is_named_stays(plan: Callable[..., tuple[int, int, int]]) -> None:
     assert plan(64, cluster_size=4)[:2] == (4, 8)
 
 
-@pytest.mark.parametrize("size", range(1, cuda.MAX_CLUSTER + 1))
+@pytest.mark.parametrize("size", range(1, cuda_plan.MAX_CLUSTER + 1))
 def test_the_inverse_divides_every_number_of_pages(size: int) -> None:
     params = DecodeParams()
     params.set_cluster(size)

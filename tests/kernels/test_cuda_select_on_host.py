@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quest_vllm.ops import cuda, reference
+from quest_vllm.ops import cuda, cuda_plan, reference
 from quest_vllm.ops.cuda_params import SELECT, DecodeParams
 from tests.kernels.cuda_on_host import build
 from tests.kernels.top_p import assert_same_choice
@@ -43,7 +43,7 @@ def select(library: ctypes.CDLL) -> Callable[..., tuple[torch.Tensor, torch.Tens
         query = torch.zeros(num_reqs, heads, 64, dtype=torch.bfloat16)
         cache, table = query.new_zeros(1, heads, 16, 64), torch.zeros(num_reqs, max_pages, dtype=torch.int32)
         params, _ = cuda._common(query, cache, table, lengths, budget, False, 16)
-        listed = torch.empty(num_reqs, heads, max_pages + cuda.MAX_CLUSTER, dtype=torch.int32)
+        listed = torch.empty(num_reqs, heads, max_pages + cuda_plan.MAX_CLUSTER, dtype=torch.int32)
         chosen = torch.zeros(num_reqs, heads, max_pages, dtype=torch.uint8)
         taken = torch.full((num_reqs, heads + 3), -7, dtype=torch.int32)[:, :heads]
         params.scores, params.chosen, params.stages = scores.data_ptr(), chosen.data_ptr(), SELECT

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from quest_vllm.ops import reference
 from quest_vllm.ops.api import load_ops
-from quest_vllm.policies import BoundPolicy, DecodeStep, KeyCodesPolicy, OraclePolicy, SplitBoxPolicy, TwoStagePolicy
+from quest_vllm.policies import (
+    BoundPolicy,
+    DecodeStep,
+    KeyCodesPolicy,
+    OraclePolicy,
+    SharedPoolPolicy,
+    SplitBoxPolicy,
+    TwoStagePolicy,
+)
 from tests.kernels.paged import PagedCase, make_case
 
 OPS = load_ops("torch", "cpu")
@@ -70,6 +78,31 @@ def test_the_oracle_takes_the_pages_of_most_mass(case: PagedCase, budget: int) -
         for head in range(case.views.keys.shape[1])
     ]
     torch.testing.assert_close(torch.tensor(chosen_mass(case, selected)), torch.tensor(best), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.integers(3, 9))
+def test_a_pool_spends_exactly_the_total_on_the_heads_best_pages(case: PagedCase, budget: int) -> None:
+    step, heads = step_of(case, budget), case.views.keys.shape[1]
+    pool = SharedPoolPolicy(OraclePolicy(OPS))
+    chosen, scores = pool.choose(step), pool.first.scores(step)
+    for row, length in enumerate(case.seq_lens.tolist()):
+        pages = -(-length // case.page_size)
+        taken = [[page for page in head.tolist() if page >= 0] for head in chosen[row]]
+        assert sum(map(len, taken)) == heads * min(budget, pages)
+        forced = {0, pages - 2, pages - 1} & set(range(pages))
+        assert all(kept == sorted(set(kept)) and forced <= set(kept) <= set(range(pages)) for kept in taken)
+        mine = [(head, page) for head, kept in enumerate(taken) for page in set(kept) - forced]
+        left = [(h, page) for h, kept in enumerate(taken) for page in set(range(pages)) - set(kept)]
+        assert not mine or not left or min(scores[row][at] for at in mine) >= max(scores[row][at] for at in left)
+
+
+def test_a_pool_of_one_head_is_that_heads_budget() -> None:
+    case = make_case([200, 64, 0, 500], num_kv_heads=1, group=3, head_dim=16)
+    first = BoundPolicy(OPS, "mass", 0.5)
+    assert torch.equal(SharedPoolPolicy(first).choose(step_of(case, 5)), first.choose(step_of(case, 5)))
+    with pytest.raises(ValueError, match="first: expected scores joined by 'mass', got 'max'"):
+        SharedPoolPolicy(BoundPolicy(OPS, "max"))
 
 
 @settings(max_examples=20, deadline=None)

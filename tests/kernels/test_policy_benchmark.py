@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import calibrate_reference
 import hf_reference
 import measure_policies
+import policy_sweeps
 import policy_texts
 import shared_prefix_ops
 
@@ -133,12 +134,12 @@ def test_what_runs_on_a_gpu_gives_what_the_served_operations_give(
         found.append(
             [
                 values
-                for candidate in measure_policies.SWEEPS[sweep](one.ops, 16)
+                for candidate in policy_sweeps.SWEEPS[sweep](one.ops, 16)
                 for run, budgets in measure_policies.passes(candidate, (96, 128))
                 for values in task.measure(run, tuple(map(candidate.spent, budgets)))
             ]
         )
-    assert len(found[0]) == 2 * len(measure_policies.SWEEPS[sweep](model.ops, 16))
+    assert len(found[0]) == 2 * len(policy_sweeps.SWEEPS[sweep](model.ops, 16))
     for served, other in zip(*found, strict=True):
         for metric in ("kl", "text_nll"):
             assert served[metric] == pytest.approx(other[metric], abs=1e-4)
@@ -148,7 +149,7 @@ def test_several_texts_and_budgets_in_one_pass_are_those_of_passes_of_their_own(
     masked_model: hf_reference.ReferenceModel, tokens: list[int]
 ) -> None:
     texts = [policy_texts.Text("manual", "", tokens[i : i + 192], tokens[i + 192 : i + 200]) for i in (0, 100, 300)]
-    candidate = measure_policies.codes(masked_model.ops, "mass")
+    candidate = policy_sweeps.codes(masked_model.ops, "mass")
     together = measure_policies.TextTask(masked_model, texts, 16, 2, False).measure(candidate.run(64), (64, 96))
     for i, text in enumerate(texts):
         alone = measure_policies.TextTask(masked_model, [text], 16, 1, False)
@@ -180,8 +181,8 @@ def test_layers_are_compared_with_what_is_served(
 ) -> None:
     settings = tmp_path / "calibrated.yaml"
     settings.write_text("settings: {dense_layers: [], layer_shares: {0: 3, 1: 0.5, 2: 1}}")
-    served, dense = measure_policies.layer_sweep(masked_model.ops, 16)
-    spread = replace(served, name="spread", layer_shares=measure_policies.shares_in(settings))
+    served, dense = policy_sweeps.layer_sweep(masked_model.ops, 16)
+    spread = replace(served, name="spread", layer_shares=policy_sweeps.shares_in(settings))
     assert spread.run(128).layer_pages == (3 + 10, 3 + 2, 3 + 3)  # 3 x 5 beyond the forced, as 6 : 1 : 2
     assert measure_policies.passes(spread, (128, 64)) == [(spread.run(b), (b,)) for b in (128, 64)]
     every = replace(spread, layer_shares=tuple(dict.fromkeys(range(30), 1.0).items()))
@@ -325,7 +326,7 @@ def test_differences_to_dense_are_paired() -> None:
 
 
 def test_two_stages_with_half_the_pages_read_what_one_stage_reads(model: hf_reference.ReferenceModel) -> None:
-    sizes = {c.name: c.kv_bytes(256, 3, 9, 64) for c in measure_policies.gap_sweep(model.ops, 16)}
+    sizes = {c.name: c.kv_bytes(256, 3, 9, 64) for c in policy_sweeps.gap_sweep(model.ops, 16)}
     assert sizes["two-stage on codes 2x, half the pages"] == sizes["key codes, mass"] == sizes["original"]
     assert sizes["two-stage on codes 2x"] - sizes["key codes, mass"] == 3 * 16 * 16 * 4 * 64
 
@@ -343,7 +344,7 @@ def test_gap_closed_is_nothing_for_the_original_and_all_for_the_oracle() -> None
 
 def test_bytes_of_a_candidate_count_summaries_and_pages(model: hf_reference.ReferenceModel) -> None:
     page, row = 16 * 4 * 64, 4 * 64
-    whole = measure_policies.bound(model.ops, "mass", 0.25).kv_bytes(256, 3, 9, 64)
+    whole = policy_sweeps.bound(model.ops, "mass", 0.25).kv_bytes(256, 3, 9, 64)
     assert whole == 3 * (4096 // 16 * row + 16 * page)
-    assert measure_policies.bound(model.ops, "per_query_head", 0.25).kv_bytes(256, 3, 9, 64) == 3 * whole
+    assert policy_sweeps.bound(model.ops, "per_query_head", 0.25).kv_bytes(256, 3, 9, 64) == 3 * whole
     assert reference.GROUP_REDUCTIONS == ("max", "mean", "mass", "per_query_head")

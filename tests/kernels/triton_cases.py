@@ -11,11 +11,13 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from quest_vllm.config import POLICIES
 from quest_vllm.ops import reference
 from quest_vllm.ops import triton as ops
 from quest_vllm.page_layout import PageViews
@@ -276,6 +278,18 @@ def test_infinite_and_nan_pages_under_mass(device: torch.device, value: float) -
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_rows_with_a_reduction_of_their_own(device: torch.device, group: int) -> None:
+    case = build(device, [100, 0, 1100, 600, 16], (1, group, 16, 64, 16))
+    for row, page in ((0, 2), (2, 66), (3, 4)):
+        case.views.summaries[case.block_table[row, page // 4].long(), 0, page % 4] = float("nan")
+    names = ("max", "mean", "mean", "mass", "max")
+    policies = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32, device=device)
+    want, got = (score(case, partial(of.score_pages, policies=policies), "mass") for of in (reference, ops))
+    assert want[[0, 2, 3]].isnan().any(dim=-1).all()
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
 def test_radius_out_of_range_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="bound_radius: expected a number from 0 to 1, got 1.5"):
         score(build(device, [5]), ops.score_pages, "max", 1.5)
@@ -295,6 +309,17 @@ def test_selection_equals_the_reference(device: torch.device, sink: int, recent:
     scores = torch.randn(7, 2, 40, generator=torch.Generator().manual_seed(sink)).to(device)
     for budgets in ([8] * 7, [0, 1, 2, 3, 4, 5, 40], [40] * 7, [1] * 7):
         same_selection(scores, seq_lens, budgets, sink_pages=sink, recent_pages=recent)
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(1, 2), (0, 1), (3, 4), (0, 0)])
+def test_windows_beside_rows_that_choose(device: torch.device, sink: int, recent: int) -> None:
+    seq_lens = [0, 1, 16, 17, 160, 333, 640, 640]
+    scores = torch.randn(8, 2, 40, generator=torch.Generator().manual_seed(sink)).to(device)
+    names = ["window"] * 7 + ["max"]
+    policies = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"sink_pages": sink, "recent_pages": recent, "policies": policies}
+    for budgets in ([8] * 8, [0, 1, 2, 3, 4, 5, 40, 8], [1] * 8):
+        same_selection(scores, seq_lens, budgets, **options)
 
 
 @pytest.mark.parametrize("values", [[0.0], [-0.0, 0.0], [1.0, 2.0], [-3.0, 5.0, float("-inf")], [float("inf"), 1.0]])

@@ -22,7 +22,7 @@ from quest_vllm.budget import (
     parse_token_budget,
     set_budget_limits,
 )
-from quest_vllm.config import MAX_TOKEN_BUDGET, QuestConfig
+from quest_vllm.config import MAX_TOKEN_BUDGET, POLICIES, QuestConfig
 from quest_vllm.errors import QuestError, QuestValueError
 
 LIMITS = {"minimum": 48, "maximum": 8192, "default": 2048}
@@ -41,6 +41,7 @@ ANYTHING = st.one_of(
 def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(budget, "_limits", None)
     monkeypatch.setattr(budget, "_table", BudgetTable())
+    monkeypatch.setattr(budget, "_policies", BudgetTable())
     yield
 
 
@@ -139,8 +140,9 @@ def test_a_row_without_a_request_is_dense_though_the_table_is_full() -> None:
     assert table.rows(2, np.array([-1, 0])).tolist() == [0, 512]
 
 
-def _params(value: object = ABSENT) -> SimpleNamespace:
-    return SimpleNamespace(extra_args=None if value is ABSENT else {XARG: value})
+def _params(value: object = ABSENT, **more: object) -> SimpleNamespace:
+    extra = more if value is ABSENT else {XARG: value, **more}
+    return SimpleNamespace(extra_args=extra or None)
 
 
 def _vllm_config(max_model_len: int = 8192, **quest: Any) -> SimpleNamespace:
@@ -196,6 +198,12 @@ def test_tap_validates_with_the_limits_of_the_process(tap_module: Any) -> None:
             tap_module.QuestBudgetTap.validate_params(_params(bad))
 
 
+def _policy(value: int | None) -> str:
+    """A policy for the request of that budget."""
+    policies = QuestConfig().resolved().policies
+    return policies[(value or 0) % len(policies)]
+
+
 @st.composite
 def _batch_histories(draw: st.DrawFn) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:
     """Steps of (batch rows removed, budgets added, rows swapped after); indices are taken modulo the batch."""
@@ -212,13 +220,17 @@ def _batch_histories(draw: st.DrawFn) -> list[tuple[list[int], list[int], list[t
 def test_tap_v1_follows_vllms_batch_through_any_history(
     history: list[tuple[list[int], list[int], list[tuple[int, int]]]],
 ) -> None:
-    """Removals, additions into the holes, condensing and reordering, as vLLM's persistent batch reports them."""
+    """Removals, additions into the holes, condensing and reordering, as vLLM's persistent batch reports them.
+
+    A request's policy goes with its budget.
+    """
     pytest.importorskip("vllm")
     from quest_vllm.budget_tap import QuestBudgetTap
     from quest_vllm.compat_logits import BatchUpdate, MoveDirectionality
 
     tap = QuestBudgetTap(_vllm_config(), "cpu", False)
     tap._table = table = BudgetTable(capacity=1)
+    budget._policies = policies = BudgetTable(capacity=1)
     batch: list[int | None] = []
     for removals, additions, swaps in history:
         holes = sorted({index % len(batch) for index in removals}) if batch else []
@@ -229,7 +241,7 @@ def test_tap_v1_follows_vllms_batch_through_any_history(
         for value in additions:
             row = holes.pop(0) if holes else len(batch)
             batch[row : row + 1] = [value]
-            added.append((row, _params(value), [], []))
+            added.append((row, _params(value, quest_policy=_policy(value)), [], []))
         for hole in list(holes):
             while batch and batch[-1] is None:
                 batch.pop()
@@ -244,3 +256,4 @@ def test_tap_v1_follows_vllms_batch_through_any_history(
         tap.update_state(None)
         # rows that left hold nothing
         assert table.rows(len(batch) + 8).tolist() == [*batch, *[0] * 8]
+        assert [POLICIES[code] for code in policies.rows(len(batch))] == [_policy(value) for value in batch]

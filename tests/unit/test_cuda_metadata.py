@@ -20,7 +20,7 @@ from quest_vllm.accounting import LayerGroup
 from quest_vllm.audit_online import OnlineAudit
 from quest_vllm.backend_cuda import ALL_PAGES, QuestCudaImpl, QuestCudaMetadata, QuestCudaMetadataBuilder
 from quest_vllm.budget import BudgetTable
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import POLICIES, QuestConfig
 from quest_vllm.layer_budgets import layer_budgets
 from quest_vllm.reached import ReachedCounts, collect_reached, counts_on_device
 from quest_vllm.row_buffers import RowBuffer
@@ -46,6 +46,7 @@ class Builder(QuestCudaMetadataBuilder):
         self.reached = ReachedCounts(LAYERS, MAX_REQS * WIDTH, 3, self.device, self.step_log)
         self.page_budgets = RowBuffer(MAX_REQS, ALL_PAGES, torch.int32, self.device, layers)
         self.top_ps = RowBuffer(MAX_REQS, 1.0, torch.float32, self.device)
+        self.policies = RowBuffer(MAX_REQS, 0, torch.int32, self.device)
         self.verify_width = WIDTH
         self.verify = VerifyBuffers(MAX_REQS * WIDTH, 64, self.device, layers) if verify else None
         self.stock_builds: list[tuple[torch.Tensor, bool]] = []
@@ -75,6 +76,14 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
     top_ps = BudgetTable(empty=1.0, dtype=np.float32)
     monkeypatch.setattr(backend_cuda, "get_top_p_table", lambda: top_ps)
     return top_ps
+
+
+@pytest.fixture
+def policies(monkeypatch: pytest.MonkeyPatch) -> BudgetTable:
+    """The process's policies, by slot."""
+    places = BudgetTable()
+    monkeypatch.setattr(backend_cuda, "get_policy_table", lambda: places)
+    return places
 
 
 def common_metadata(
@@ -115,7 +124,7 @@ def test_a_captured_verify_step_finds_its_inputs_where_they_were(table: BudgetTa
     # slot 7's budget covers its context; the graph has room for a fourth request
     common = common_metadata([WIDTH] * 3, [700, 900, 300], [5, 2, 7], padded_to=4)
     replayed = builder.build(0, common)
-    for field in ("seq_lens", "page_budgets", "top_ps", "block_table", "served"):
+    for field in ("seq_lens", "page_budgets", "top_ps", "policies", "block_table", "served"):
         ours, theirs = getattr(replayed.sparse, field), getattr(captured.sparse, field)
         assert (ours.data_ptr(), ours.shape) == (theirs.data_ptr(), theirs.shape), field
     assert replayed.rest.seq_lens.data_ptr() == captured.rest.seq_lens.data_ptr()
@@ -224,6 +233,24 @@ def test_shares_reach_the_kernels_and_their_counts_come_back_with_the_next_step(
     layers_count(third, {})
     builder.build(0, common_metadata([1], [804], [2]))
     assert len(builder.read_back) == 2  # nobody adapted in the third step
+
+
+def test_each_row_has_its_requests_policy_in_every_kind_of_step(table: BudgetTable, policies: BudgetTable) -> None:
+    builder = Builder(table)
+    captured = builder.build_for_cudagraph_capture(common_metadata([1] * 4, [1] * 4, None)).sparse
+    window, mean = POLICIES.index("window"), POLICIES.index("mean")
+    for slot, policy in ((0, mean), (1, window), (3, window)):
+        table.set(slot, 128)
+        policies.set(slot, policy)
+    decode = builder.build(0, common_metadata([1] * 3, [800, 801, 802], [3, 0, 2], padded_to=4)).sparse
+    assert decode.policies.tolist()[:2] == [window, mean]
+    assert decode.policies.data_ptr() == captured.policies.data_ptr()
+    assert builder.counted[-1][0].windows.tolist() == [True, False, False]
+    verify = builder.build(0, common_metadata([WIDTH] * 2, [700, 900], [1, 0])).sparse
+    assert verify.policies.tolist() == [window] * WIDTH + [mean] * WIDTH
+    mixed = builder.build(0, common_metadata([7, 2, 1], [90, 500, 800], [2, 1, 0], prefilling=(0,))).sparse
+    assert mixed.policies.tolist() == [window, window, mean]
+    assert builder.counted[-1][0].windows.tolist() == [False, True, True, False]
 
 
 def test_shares_of_verify_steps_and_of_rows_beside_a_prefill_chunk(table: BudgetTable, shares: BudgetTable) -> None:

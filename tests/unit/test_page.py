@@ -160,7 +160,7 @@ def test_the_tap_moves_traces_with_their_requests(page_on: None) -> None:
     from quest_vllm.page.trace import get_trace_table
 
     tap = object.__new__(QuestBudgetTap)
-    tap._config, tap._table, tap._traces = QuestConfig(page=True), trace.BudgetTable(), get_trace_table()
+    tap._config, tap._table, tap._traces = QuestConfig(page=True).resolved(), trace.BudgetTable(), get_trace_table()
 
     def asks(number: int) -> Any:
         return SimpleNamespace(extra_args={"quest_token_budget": 64, "quest_trace": number})

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quest_vllm import metrics
-from quest_vllm.budget import XARG, set_budget_limits
+from quest_vllm.budget import POLICY_XARG, XARG, set_budget_limits
 from quest_vllm.config import QuestConfig
 from quest_vllm.metadata import classify_rows, measure_traffic
 from quest_vllm.metrics_files import ENV_RUN_DIR
@@ -31,7 +31,7 @@ from quest_vllm.server.usage import Sequences, count_usage
 
 AnyJson = Annotated[Any, Body()]
 LIMIT = 20_000
-CONFIG = QuestConfig(aliases=(("fast", 512), ("exact", 0)), max_body_bytes=LIMIT)
+CONFIG = QuestConfig(aliases=(("fast", 512), ("exact", 0)), max_body_bytes=LIMIT).resolved()
 KEY = {"Authorization": "Bearer k"}
 BIG = {"model": "smol", "prompt": "x" * LIMIT}
 
@@ -141,12 +141,26 @@ def test_request_is_rewritten_and_the_reply_says_what_happened(app: FastAPI, cli
     assert answer.json()["usage"]["sparse_attention"] == {
         "token_budget": 512,
         "top_p": 1.0,
+        "policy": "mass",
         # 32 pages, of which the newest holds 9 to 16 tokens at lengths 1001 to 1008
         "mean_tokens_attended": 31 * 16 + sum(range(9, 17)) / 8,
         "pages_selected": 8 * 32,
         "pages_available": 8 * 63,
         "decode_steps": 8,
     }
+
+
+def test_a_policy_goes_in_and_the_reply_and_the_route_name_it(app: FastAPI, client: TestClient) -> None:
+    options = {"sparse_attention": {"token_budget": 512, "policy": "window"}}
+    usage = post(client, **options).json()["usage"]["sparse_attention"]
+    assert json.loads(app.state.seen[0])["vllm_xargs"] == {XARG: 512, POLICY_XARG: "window"}
+    assert usage["policy"] == "window" and usage["pages_selected"] == 8 * 32
+    last = post(client, stream=True, vllm_xargs={POLICY_XARG: "max"}).text.split("\n\n")[2]
+    assert json.loads(last.removeprefix("data: "))["usage"]["sparse_attention"]["policy"] == "max"
+    assert client.get("/v1/sparse_attention").json()["policies"] == ["mass", "max", "mean", "window"]
+    options["sparse_attention"]["top_p"] = 0.5
+    answer = post(client, **options)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "sparse_attention.top_p"
 
 
 @pytest.mark.parametrize("body", [b'{"model":  "smol", "prompt": "x"}', b"[1]", b'{"a": \xff}', b"", b"{", b"null"])
@@ -220,8 +234,14 @@ def test_models_lists_aliases(client: TestClient) -> None:
 def test_openapi_has_object_and_route(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     assert "/v1/sparse_attention" in schema["paths"]
-    assert schema["components"]["schemas"]["SparseAttention"]["properties"]["token_budget"]["type"] == "integer"
-    assert schema["components"]["schemas"]["SparseAttention"]["additionalProperties"] is False
+    asked, told = (schema["components"]["schemas"][name] for name in ("SparseAttention", "SparseUsage"))
+    assert {key: value["type"] for key, value in asked["properties"].items()} == {
+        "token_budget": "integer",
+        "top_p": "number",
+        "policy": "string",
+    }
+    assert asked["additionalProperties"] is False and "required" not in asked
+    assert told["properties"]["policy"]["type"] == "string"
 
 
 def test_large_body_is_refused(client: TestClient) -> None:

@@ -58,10 +58,10 @@ def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
 
 def test_a_span_tells_budget_policy_and_pages(provider: Any) -> None:
     spans.install(TRACED)
-    spans.note("abc", spans.Noted(512))
+    spans.note("abc", spans.Noted(512, policy="window"))
     told = finish(provider, spans.SPAN, "cmpl-abc-0", 4000, 9)
     ours = {key: value for key, value in told.items() if key.startswith("quest.")}
-    assert ours.pop("quest.policy").startswith(
+    assert ours.pop("quest.settings").startswith(
         "page_summary=key_codes, group_reduction=mass, bound_radius=0.5, sink_pages=1"
     )
     available = sum(-(-(4000 + step) // 16) for step in range(1, 9))
@@ -69,6 +69,7 @@ def test_a_span_tells_budget_policy_and_pages(provider: Any) -> None:
     assert ours == {
         "quest.token_budget": 512,
         "quest.top_p": 1.0,
+        "quest.policy": "window",
         "quest.pages_selected": 8 * 32,
         "quest.pages_available": available,
         "quest.decode_steps": 8,
@@ -98,11 +99,15 @@ def test_installing_twice_adds_once(provider: Any) -> None:
 
 def test_under_speculation_only_what_was_asked_is_told(provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spans.install(TRACED)
-    spans.note("abc", spans.Noted(0))
+    spans.note("abc", spans.Noted(0, 0.9, "max"))
     monkeypatch.setattr(facts, "_vllm_config", SimpleNamespace(speculative_config=object()))
     told = finish(provider, spans.SPAN, "chatcmpl-abc", 100, 5)
-    assert {key for key in told if key.startswith("quest.")} == {"quest.token_budget", "quest.top_p", "quest.policy"}
-    assert told["quest.token_budget"] == 0
+    assert "quest.settings" in told
+    assert {key: value for key, value in told.items() if key.startswith("quest.") and key != "quest.settings"} == {
+        "quest.token_budget": 0,
+        "quest.top_p": 0.9,
+        "quest.policy": "max",
+    }
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def quest_decode(
     sink_pages: int = 1,
     recent_pages: int = 2,
     top_p: torch.Tensor | None = None,
+    policies: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     taken: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -45,6 +46,7 @@ def quest_decode(
         bound_radius=bound_radius,
         scale=scale,
         page_summary=page_summary,
+        policies=policies,
         fill_tail=False,
     )
     selected = select_pages(
@@ -57,6 +59,7 @@ def quest_decode(
         max_page_budget=block_table.shape[1] * summaries.shape[2],
         top_p=top_p,
         mass_scale=mass_scale_of(group_reduction, scale, page_summary),
+        policies=policies,
         taken=taken,
         fill_tail=False,
     )

@@ -1,7 +1,8 @@
 """Page scores from the summaries: a bound of ``q.k`` for each page and query head, reduced over the GQA group.
 
 The mass reduction takes a second launch, for its normaliser spans the row: the first leaves each head's logits and the
-log-sum-exp of each tile of them in scratch, the second merges those of a row and combines the heads.
+log-sum-exp of each tile of them in scratch, the second merges those of a row and combines the heads, by that row's own
+policy where it has one. Rows with the policy "window" are scored as well, for nobody: they have nothing to compete for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quest_vllm.config import POLICIES
 from quest_vllm.ops.reference import check_bound_radius, check_page_summary
 from quest_vllm.ops.triton.common import MIN_DOT_ROWS, cdiv, dot, dot_tile, finite_or_zero, max_with_nan, padded
 from quest_vllm.ops.triton.key_codes import CODED_PAGES_PER_TILE, score_codes
@@ -22,6 +24,7 @@ TARGET_PROGRAMS = 2048
 PAGES_PER_COMBINE_TILE = 256
 LSE_TILE = 128  # tiles whose log-sum-exp is merged at once
 REDUCTIONS = {"max": 0, "mean": 1, "per_query_head": 2, "mass": 3}
+MAX, MEAN = (tl.constexpr(POLICIES.index(name)) for name in ("max", "mean"))
 
 
 @triton.jit
@@ -116,6 +119,7 @@ def combine_mass_kernel(
     logit_ptr,  # [num_reqs, num_q_heads, max_pages] float32
     lse_ptr,  # [num_reqs, num_q_heads, tiles of max_pages] float32
     seq_lens_ptr,  # [num_reqs] int32
+    policy_ptr,  # [num_reqs] int32, unless not HAS_POLICIES
     score_ptr,  # [num_reqs, num_kv_heads, max_pages] float32
     max_pages,
     logit_req_stride,
@@ -131,8 +135,12 @@ def combine_mass_kernel(
     COMBINE_TILE: tl.constexpr,
     LSE_TILE: tl.constexpr,
     FILL_TAIL: tl.constexpr,
+    HAS_POLICIES: tl.constexpr,
 ):
-    """One program per (tile of pages, KV head, request): ``log(sum_g exp(logit_g - lse_g))`` of each page."""
+    """One program per (tile of pages, KV head, request): ``log(sum_g exp(logit_g - lse_g))`` of each page.
+
+    Or the greatest, or the mean, of the ``logit_g``, as the row's policy says.
+    """
     head = tl.program_id(1).to(tl.int64)
     req = tl.program_id(2).to(tl.int64)
     total = tl.cdiv(tl.load(seq_lens_ptr + req), PAGE_SIZE)
@@ -161,6 +169,11 @@ def combine_mass_kernel(
         share = tl.where(used, logits - lse[:, None], float("-inf"))
         shift = finite_or_zero(tl.max(tl.where(share == share, share, float("-inf")), axis=0))
         score = shift + tl.log(tl.sum(tl.exp(share - shift[None, :]), axis=0))  # NaN stays
+        if HAS_POLICIES:
+            policy = tl.load(policy_ptr + req)
+            mean = tl.sum(tl.where(used, logits, 0.0), axis=0) / GROUP
+            score = tl.where(policy == MEAN, mean, score)
+            score = tl.where(policy == MAX, max_with_nan(logits, 0), score)
         out = score_ptr + req * score_req_stride + head * score_head_stride + page
         tl.store(out, tl.where(valid, score, float("-inf")), mask=page < end)
 
@@ -191,6 +204,7 @@ def score_pages(
     bound_radius: float = 1.0,
     scale: float = 1.0,
     page_summary: str = "min_max",
+    policies: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     scratch: MassScratch | None = None,
     fill_tail: bool = True,
@@ -230,7 +244,7 @@ def score_pages(
     else:
         tile = _score_boxes(*tensors, page_size=page_size, bound_radius=bound_radius, **settings)
     if mass:
-        _combine_mass(bounds, lse, seq_lens, out, page_size, tile, fill_tail)
+        _combine_mass(bounds, lse, seq_lens, policies, out, page_size, tile, fill_tail)
     return out
 
 
@@ -297,6 +311,7 @@ def _combine_mass(
     logits: torch.Tensor,
     lse: torch.Tensor,
     seq_lens: torch.Tensor,
+    policies: torch.Tensor | None,
     out: torch.Tensor,
     page_size: int,
     tile: int,
@@ -310,6 +325,7 @@ def _combine_mass(
         logits,
         lse,
         seq_lens,
+        seq_lens if policies is None else policies,
         out,
         max_pages,
         *logits.stride()[:2],
@@ -322,5 +338,6 @@ def _combine_mass(
         COMBINE_TILE=combine_tile,
         LSE_TILE=LSE_TILE,
         FILL_TAIL=fill_tail,
+        HAS_POLICIES=policies is not None,
         num_warps=4,
     )

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from quest_vllm.config import POLICIES, WINDOW
 from quest_vllm.ops.triton.common import padded
 
 MAX_TILE = 8192
+WINDOW_POLICY = tl.constexpr(POLICIES.index(WINDOW))
 
 
 @triton.jit
@@ -124,6 +126,7 @@ def select_pages_kernel(
     seq_lens_ptr,  # [num_reqs] int32
     budget_ptr,  # [num_reqs] int32
     top_p_ptr,  # [num_reqs] float32, unless not HAS_TOP_P
+    policy_ptr,  # [num_reqs] int32, unless not HAS_POLICIES
     selected_ptr,  # [num_reqs, num_score_heads, max_page_budget] int32
     taken_ptr,  # [num_reqs, num_score_heads] int32, unless not HAS_TAKEN
     max_page_budget,
@@ -139,6 +142,7 @@ def select_pages_kernel(
     TILE: tl.constexpr,
     FILL_TAIL: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
+    HAS_POLICIES: tl.constexpr,
     HAS_TAKEN: tl.constexpr,
 ):
     """Forced pages are ranges of indices, so only the pages between them are ranked."""
@@ -149,6 +153,9 @@ def select_pages_kernel(
     total = tl.cdiv(tl.load(seq_lens_ptr + req), PAGE_SIZE)
     take = tl.maximum(tl.minimum(tl.minimum(tl.load(budget_ptr + req), total), max_page_budget), 0)
     recent = tl.minimum(RECENT_PAGES, take)  # newest first: [total - recent, total)
+    if HAS_POLICIES:
+        is_window = tl.load(policy_ptr + req) == WINDOW_POLICY
+        recent = tl.where(is_window, tl.maximum(recent, take - SINK_PAGES), recent)
     sink = tl.minimum(tl.minimum(SINK_PAGES, tl.maximum(total - RECENT_PAGES, 0)), take - recent)  # [0, sink)
     first = sink
     last = total - recent
@@ -199,6 +206,7 @@ def select_pages(
     max_page_budget: int,
     top_p: torch.Tensor | None = None,
     mass_scale: float = 1.0,
+    policies: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     taken: torch.Tensor | None = None,
     fill_tail: bool = True,
@@ -206,9 +214,9 @@ def select_pages(
     """Choose the best pages of each row; see :func:`quest_vllm.ops.reference.select_pages`.
 
     ``page_scores`` is ``[num_reqs, num_score_heads, max_pages]`` float32 (read only up to each request's end),
-    ``seq_lens`` and ``page_budgets`` are ``[num_reqs]`` int32, ``top_p`` float32. Returns ``out`` (made when None),
-    ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded. ``fill_tail=False`` leaves the
-    padding beyond a row's budget as it was: only for a consumer that is told the budgets. ``taken`` ``[num_reqs,
+    ``seq_lens``, ``page_budgets`` and ``policies`` are ``[num_reqs]`` int32, ``top_p`` float32. Returns ``out`` (made
+    when None), ``[num_reqs, num_score_heads, max_page_budget]`` int32, ascending, -1 padded. ``fill_tail=False`` leaves
+    the padding beyond a row's budget as it was: only for a consumer that is told the budgets. ``taken`` ``[num_reqs,
     num_score_heads]`` int32, its last dimension contiguous, receives the number of pages chosen.
     """
     num_reqs, num_heads, max_pages = page_scores.shape
@@ -222,6 +230,7 @@ def select_pages(
         seq_lens,
         page_budgets,
         page_budgets if top_p is None else top_p,
+        page_budgets if policies is None else policies,
         out,
         seq_lens if taken is None else taken,
         max_page_budget,
@@ -235,6 +244,7 @@ def select_pages(
         TILE=tile,
         FILL_TAIL=fill_tail,
         HAS_TOP_P=top_p is not None,
+        HAS_POLICIES=policies is not None,
         HAS_TAKEN=taken is not None,
         num_warps=max(4, min(16, tile // 256)),
     )
