@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quest_vllm.audit import audit_summaries
+from quest_vllm.budget import POLICY_XARG
 from quest_vllm.tally import TALLY_XARG
 
 NOUNS = ("river", "garden", "engine", "letter", "window", "market", "bridge", "forest", "mirror", "harbour")
@@ -112,9 +113,12 @@ def run(
     tokens: int,
     top_p: float = 1.0,
     tallies: Sequence[int] = (),
+    policies: Sequence[str] = (),
 ) -> list[Run]:
-    """Answer ``prompts`` in one batch, each with its budget, and counted under its number in ``tallies``."""
+    """Answer ``prompts`` in one batch, each with its budget and policy, and counted under its number in ``tallies``."""
     sampling = [params(budget, tokens, top_p) for budget in budgets]
+    for one, policy in zip(sampling, policies, strict=False):
+        one.extra_args[POLICY_XARG] = policy
     for one, number in zip(sampling, tallies, strict=False):
         one.extra_args[TALLY_XARG] = number
     outputs = llm.generate(list(prompts), sampling, use_tqdm=False)

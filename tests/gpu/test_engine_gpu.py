@@ -44,6 +44,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
 DRAFTS, TOP_P = 3, 0.8
 SPARSE = 2
 """Ties of sparse answers are wider: a page at the threshold may change places for the last bit of its score."""
+POLICIES = ["window", "window", "max", "mean", "mass", "window", "mean", "window"]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,8 @@ class Graphed:
     covered: list[Run]
     mixed: list[Run]
     adapted: Adapted
+    own_policies: list[Run]
+    policy_rows: dict[str, int]
     alone: dict[tuple[int, int], Run]
     swapped: dict[tuple[int, int], Run]
     rows: dict[str, int]
@@ -141,6 +144,8 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
         covered = run(llm, prompts[:4], [setting.max_model_len] * 4, setting.tokens)
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
         adapted = adapt(llm, prompts, budgets, setting)
+        with counted_rows() as policy_rows:
+            own_policies = run(llm, prompts, budgets, setting.tokens // 2, policies=POLICIES)
         # prefixes are cached by now: prefill does the same for all of these
         alone, swapped = {}, {}
         with counted_rows() as rows:
@@ -152,7 +157,8 @@ def graphed(model: Path, setting: Setting, prompts: list[str], budgets: list[int
                 swapped[0, first], swapped[1, second] = both
         widths = llm.collective_rpc(captured_widths)[0] if setting.graphs else [1]
         load = mixed_load(llm, setting)
-        return Graphed(covered, mixed, adapted, alone, swapped, dict(rows), widths, load)
+        policies = (own_policies, dict(policy_rows))
+        return Graphed(covered, mixed, adapted, *policies, alone, swapped, dict(rows), widths, load)
 
 
 def adapt(llm: Any, prompts: list[str], budgets: list[int], setting: Setting) -> Adapted:
@@ -174,6 +180,7 @@ class Eager:
 
     mixed: list[Run]
     adapted: Adapted
+    own_policies: list[Run]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +188,8 @@ def eager(model: Path, setting: Setting, prompts: list[str], budgets: list[int])
     """All runs of that engine, in the order of the fields."""
     with engine(model, **engine_settings(setting)) as llm:
         mixed = run(llm, prompts, budgets, setting.tokens // 2)
-        return Eager(mixed, adapt(llm, prompts, budgets, setting))
+        adapted = adapt(llm, prompts, budgets, setting)
+        return Eager(mixed, adapted, run(llm, prompts, budgets, setting.tokens // 2, policies=POLICIES))
 
 
 def run_spread(
@@ -233,6 +241,14 @@ def test_a_budget_that_covers_the_context_says_what_stock_attention_says(
 def test_graph_replay_equals_eager_with_budgets_mixed_in_one_batch(graphed: Graphed, eager: Eager, tie: float) -> None:
     assert graphed.widths == [1]
     check_equal(graphed.mixed, eager.mixed, SPARSE * tie, "graphs against eager")
+
+
+def test_each_row_of_a_graph_has_its_own_policy(graphed: Graphed, eager: Eager, tie: float) -> None:
+    check_equal(graphed.own_policies, eager.own_policies, SPARSE * tie, "policies in graphs against eager")
+    window, scored = graphed.own_policies[0], graphed.mixed[0]
+    assert window.logprobs[1:] != scored.logprobs[1:], "a window sees what scores choose"
+    print(graphed.policy_rows)
+    assert graphed.policy_rows["sparse/window"] > 0 and graphed.policy_rows["sparse/budget"] > 0
 
 
 def test_budgets_adapt_in_graphs_as_in_eager_steps_and_are_counted(graphed: Graphed, eager: Eager, tie: float) -> None:
