@@ -1,9 +1,9 @@
 """Draws what each way to choose keys keeps, reads and costs, from committed JSON. usage: plot_characterisation.py
 
-Reads benchmarks/results/cpu/*-characterise-MODEL-*.json (measure_policies.py --sweep characterise), *-gap-*.json and
-*-long-*.json of any machine (--sweep gap and long), the newest CPU and GPU attention timings, and writes
-docs/img/characterisation-quality.png, docs/img/characterisation-cost.png, and the tables between the markers of
-docs/characterisation.md. Needs matplotlib.
+Reads benchmarks/results/cpu/*-characterise-MODEL-*.json (measure_policies.py --sweep characterise), *-gap-*.json,
+*-long-*.json and *-pool-*.json of any machine (--sweep gap, long and pool), the newest attention timings on a CPU and
+an H100, and writes docs/img/characterisation-quality.png, docs/img/characterisation-cost.png, and the tables between
+the markers of docs/characterisation.md. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def cpu_times() -> list[Times]:
 
 def gpu_times() -> list[Times]:
     """From the newest chain on a GPU."""
-    loaded = render_results.newest("h*/*-chain.json")
+    loaded = render_results.newest("h100/*-chain.json")
     if loaded is None:
         return []
     found = []
@@ -340,6 +340,18 @@ def swept_long_table() -> list[str]:
     return lines
 
 
+def swept_pool_table() -> list[str]:
+    """One line a model, budget and policy of the pool sweep."""
+    lines = ["| model, context | budget | policy | KL to dense | NLL of the answer | answered |"]
+    lines.append("|---|---|---|---|---|---|")
+    for document in swept("pool"):
+        for one in policies_of(document):
+            cells = [measured_on(document), str(one["budget"]), one["policy"], shown(one, "kl")]
+            cells += [shown(one, "needle_nll"), shown(one, "needle_hits", 100)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def shown(of: Result, metric: str, percent: int = 0) -> str:
     """:func:`number`, or nothing where ``of`` lacks the metric."""
     return number(of if metric in of else None, metric, percent)
@@ -371,7 +383,7 @@ def main() -> None:
     draw_cost().savefig(ROOT / "docs/img/characterisation-cost.png", dpi=110)
     text = PAGE.read_text()
     tables = {"gap": gap_table(), "quality": quality_table(), "times": time_table()}
-    tables |= {"swept-gap": swept_gap_table(), "swept-long": swept_long_table()}
+    tables |= {"swept-gap": swept_gap_table(), "swept-long": swept_long_table(), "swept-pool": swept_pool_table()}
     for name, lines in tables.items():
         text = replace(text, name, lines)
     PAGE.write_text(text)

@@ -13,8 +13,22 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 def newest(pattern: str) -> tuple[dict[str, Any], str] | None:
     """The newest file of a kind and its path; names begin with the date."""
-    found = sorted((ROOT / "benchmarks/results").glob(pattern))
+    found = in_order(pattern)
     return (json.loads(found[-1].read_text()), str(found[-1].relative_to(ROOT))) if found else None
+
+
+def in_order(pattern: str) -> list[Path]:
+    """The files of a kind, the newest last, whichever folder they are in."""
+    return sorted((ROOT / "benchmarks/results").glob(pattern), key=lambda path: path.name)
+
+
+def newest_by_card(pattern: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """The same for each kind of GPU, by its name."""
+    found = {}
+    for path in in_order(pattern):
+        document = json.loads(path.read_text())
+        found[card(document)] = document, str(path.relative_to(ROOT))
+    return dict(sorted(found.items()))
 
 
 def size(tokens: int) -> str:
@@ -86,15 +100,12 @@ def chain_ratios(case: dict[str, Any], way: str) -> str:
 
 def chain_lines(rows: str = "cases") -> list[str]:
     """Attention of one layer on a GPU; ``rows`` "dense_rows": of requests whose budget covers their context."""
-    loaded = newest("h*/*-chain.json")
-    if loaded is None:
-        return []
-    document, path = loaded
-    against = f"FlashAttention 3, {document['gpu']}"
     return [
         f"| one layer, {size(c['context'])} x{c['batch']}, "
         f"budget {size(c['budget']) if 'budget' in c else 'covers it'} | fused CUDA launch, among other layers | "
-        f"{against} | {chain_ratios(c, 'in_graph')} ({chain_ratios(c, 'alone')} alone) | [json]({path}) |"
+        f"FlashAttention 3, {document['gpu']} | {chain_ratios(c, 'in_graph')} ({chain_ratios(c, 'alone')} alone) | "
+        f"[json]({path}) |"
+        for document, path in newest_by_card("h*/*-chain.json").values()
         for c in document[rows]
     ]
 
@@ -187,7 +198,7 @@ def summary_of_models() -> list[str]:
     """The default policy in a whole model, a column for each kind of GPU: the newest measurement of each."""
     cells, cards = dict[tuple[str, str], str](), set[str]()
     for kind in ("engine", "serve", "tp"):
-        for path in sorted((ROOT / "benchmarks/results").glob(f"h*/*-{kind}.json"), key=lambda path: path.name):
+        for path in in_order(f"h*/*-{kind}.json"):
             document = json.loads(path.read_text())
             if kind != "serve" and policy_name(document) != "key codes":
                 continue
@@ -227,19 +238,17 @@ def tp_cells(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def summary_of_layers() -> list[str]:
-    """Attention of one layer among other layers, by either page summary, on the newest GPU measured."""
-    loaded = newest("h*/*-chain.json")
-    if loaded is None:
-        return []
-    document, path = loaded
+    """Attention of one layer among other layers, by either page summary, on each kind of GPU."""
     cells = {}
-    for c in document["cases"]:
-        row = f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])}"
-        for column, ours in (("key codes (default)", "cuda_key_codes"), ("min/max", "cuda")):
-            if ours in c:
-                cells[row, column] = f"{c['fa3']['in_graph'] / c[ours]['in_graph']:.1f}x"
-    title = f"one layer's attention, against FlashAttention 3, [{card(document)}]({path})"
-    return grid(title, ["key codes (default)", "min/max"], cells)
+    for name, (document, path) in newest_by_card("h*/*-chain.json").items():
+        for c in document["cases"]:
+            row = f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])}"
+            for column, ours in (("key codes (default)", "cuda_key_codes"), ("min/max", "cuda")):
+                if ours in c:
+                    ratio = f"{c['fa3']['in_graph'] / c[ours]['in_graph']:.1f}x"
+                    cells[row, f"[{name}]({path}), {column}"] = ratio
+    columns = list(dict.fromkeys(column for _, column in cells))
+    return grid("one layer's attention, against FlashAttention 3", columns, cells)
 
 
 def summary_of_cpu() -> list[str]:

@@ -86,7 +86,10 @@ class PageScorer {
       }
       fill(k + 2, mine, ahead);
     }
-    if (p_.reduction != kMass) return take_range(row_, shared);
+    if (p_.reduction != kMass) {
+      __syncwarp();  // other lanes of the warp go on to read what this one has stored
+      return take_range(row_, shared);
+    }
     share_mass(shared);
     cluster_sync();
     return combine(shared);

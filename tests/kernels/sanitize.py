@@ -1,6 +1,6 @@
 """A few launches of every CUDA kernel, small enough for compute-sanitizer's slower tools.
 
-usage: compute-sanitizer --tool racecheck python -m tests.kernels.sanitize [--head-dims 64,128] [--warps 8,16]
+usage: compute-sanitizer --tool initcheck python -m tests.kernels.sanitize [--head-dims 64,128] [--warps 8,16]
 
 Whole tests take these tools too long: each launch here has rows that are empty, short, covered, sparse, adaptive and a
 window, in one batch. Answers are those of a launch before, bit for bit.

@@ -5,11 +5,13 @@
 #include <optional>
 
 #include "emulate.h"
+#include "races.h"
 
 inline Index gridDim;
 
 struct Barrier {
   unsigned members, arrived = 0, phase = 0;
+  races::Order order = {};
 };
 
 class Cluster {
@@ -21,12 +23,15 @@ class Cluster {
     const unsigned all = ctas * threads;
     stacks.resize(std::max(stacks.size(), all * kStackBytes));
     fibers_.assign(all, Fiber{});
+    meetings_.assign(all / 32, Barrier{32});
     warps_.assign(all / 32, Barrier{32});
     slots_.assign(all, 0);
     blocks_.assign(ctas, Barrier{threads});
     cluster_ = Barrier{all};
     program_ = program, threads_ = threads, shared_ = shared, shared_bytes_ = shared_bytes;
-    meet_warp = [] { wait(warps_[current_ / 32], arrive(warps_[current_ / 32])); };
+    races::watch(shared, ctas * shared_bytes, all);
+    meet_warp = [] { wait(meetings_[current_ / 32], arrive(meetings_[current_ / 32])); };
+    order_warp = [] { meet(warps_[current_ / 32]); };
     left_ = all;
     const auto from = [backwards](unsigned i, unsigned count) { return backwards ? count - 1 - i : i; };
     const auto run_warp = [&](unsigned warp) {
@@ -43,11 +48,15 @@ class Cluster {
     return left_ == 0;
   }
 
-  static void meet_block() { wait(blocks_[blockIdx.x], arrive(blocks_[blockIdx.x])); }
-  static void arrive_cluster() { fibers_[current_].awaited = arrive(cluster_); }
+  static void meet_block() { meet(blocks_[blockIdx.x]); }
+  static void arrive_cluster(bool ordered = true) {
+    if (ordered) cluster_.order.arrive();
+    fibers_[current_].awaited = arrive(cluster_);
+  }
   static void wait_cluster() {
     wait(cluster_, *fibers_[current_].awaited);
     fibers_[current_].awaited.reset();
+    cluster_.order.wait();
   }
 
   template <typename T>
@@ -68,7 +77,7 @@ class Cluster {
   };
 
   static inline std::vector<Fiber> fibers_;
-  static inline std::vector<Barrier> warps_, blocks_;
+  static inline std::vector<Barrier> meetings_, warps_, blocks_;
   static inline std::vector<uint64_t> slots_;
   static inline Barrier cluster_{0};
   static inline jmp_buf scheduler_;
@@ -90,6 +99,7 @@ class Cluster {
   static void open_if_full(Barrier& barrier) {
     if (barrier.arrived < barrier.members) return;
     barrier.arrived = 0;
+    barrier.order.open();
     ++barrier.phase;
     ++progress_;
   }
@@ -105,6 +115,11 @@ class Cluster {
     fibers_[current_].phase = phase;
     if (_setjmp(fibers_[current_].at) == 0) _longjmp(scheduler_, 1);
   }
+  static void meet(Barrier& barrier) {
+    barrier.order.arrive();
+    wait(barrier, arrive(barrier));
+    barrier.order.wait();
+  }
   static void leave(Barrier& barrier) {
     --barrier.members;
     if (barrier.arrived > 0) open_if_full(barrier);
@@ -115,6 +130,7 @@ class Cluster {
     if (fiber.done || (fiber.waits_for != nullptr && fiber.waits_for->phase == fiber.phase)) return;
     fiber.waits_for = nullptr;
     current_ = thread;
+    races::run(thread);
     threadIdx.x = thread % threads_, blockIdx.x = thread / threads_;
     exchange_slots = &slots_[thread / 32 * 32];
     if (_setjmp(scheduler_) == 0) {
@@ -128,6 +144,7 @@ class Cluster {
     program_();
     fibers_[current_].done = true;
     ++progress_, --left_;
+    leave(meetings_[current_ / 32]);
     leave(warps_[current_ / 32]);
     leave(blocks_[blockIdx.x]);
     // who leaves between the two steps has arrived once, and is not counted twice
@@ -159,7 +176,8 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int64_t clock64() { return 0; }
 template <typename T>
-T atomicAdd(T* place, T value) {
+QUEST_UNMARKED T atomicAdd(T* place, T value) {
+  races::atomic(place, sizeof(T));
   const T before = *place;
   *place += value;
   return before;
@@ -171,7 +189,7 @@ inline void cluster_arrive() {
   __syncwarp();
   Cluster::arrive_cluster();
 }
-inline void cluster_arrive_early() { Cluster::arrive_cluster(); }
+inline void cluster_arrive_early() { Cluster::arrive_cluster(false); }
 inline void cluster_wait() { Cluster::wait_cluster(); }
 inline void cluster_sync() {
   cluster_arrive();

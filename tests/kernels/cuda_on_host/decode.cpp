@@ -26,9 +26,9 @@ namespace quest {
 // All lanes' values of one kind: what a warp's matrix product is made of.
 static void gather(uint64_t mine, uint64_t (&all)[32]) {
   std::memcpy(&exchange_slots[threadIdx.x % 32], &mine, sizeof(mine));
-  __syncwarp();
+  meet_warp();
   std::memcpy(all, exchange_slots, sizeof(all));
-  __syncwarp();
+  meet_warp();
 }
 
 // An operand's k-th element of sixteen in a row or column, whose first lane is `lane`.

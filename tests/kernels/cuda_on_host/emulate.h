@@ -93,17 +93,19 @@ class Warp {
   }
 };
 
+// A warp's lanes meet; their memory is ordered by __syncwarp alone.
 inline void (*meet_warp)() = Warp::meet;
-inline void __syncwarp() { meet_warp(); }
+inline void (*order_warp)() = Warp::meet;
+inline void __syncwarp() { order_warp(); }
 
 template <typename T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= 8);
   std::memcpy(&exchange_slots[threadIdx.x % 32], &value, sizeof(T));
-  __syncwarp();
+  meet_warp();
   T theirs;
   std::memcpy(&theirs, &exchange_slots[from], sizeof(T));
-  __syncwarp();
+  meet_warp();
   return theirs;
 }
 template <typename T>

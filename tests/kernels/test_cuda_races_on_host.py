@@ -1,0 +1,91 @@
+"""Races in csrc/cuda/quest_decode.cu: every access to shared memory, of every thread of a cluster, run on a CPU.
+
+compute-sanitizer's racecheck does not get through one launch of these kernels in minutes. Here the compiler marks the
+accesses, and two of them race unless a barrier lies between (cuda_on_host/races.h). Not seen: what an asynchronous copy
+does before it is waited for, and memory that is not the cluster's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quest_vllm.config import POLICIES
+from quest_vllm.ops import build_tools, cuda, cuda_plan
+from tests.kernels.cuda_on_host import build, take_races
+from tests.kernels.test_cuda_decode_on_host import BOXES, CODES, make
+
+# rows without tokens, of one page, covered, a window, and three that choose, two of them by top_p
+LENGTHS = [0, 1, 100, 583, 1300, 1123, 700]
+BUDGETS = [3, 2**30, 2**30, 5, 20, 40, 12]
+TOP_PS = [1.0, 1.0, 0.5, 1.0, 0.6, 0.9, 1.0]
+NAMES = ["mass", "mass", "mass", "window", "max", "mean", "mass"]
+LONG = 16 * 700  # several rounds a warp
+KINDS = [(CODES, 4), (CODES, 8), (BOXES | {"group_reduction": "mass"}, 3), (BOXES, 4)]
+
+
+def races_of(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, warps: int, dim: int, group: int, policy: dict[str, Any]
+) -> list[str]:
+    """The races of a mixed batch, of a long row, and of one whose scores are all equal, or all infinite."""
+
+    def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
+        assert library.quest_decode_on_host(ctypes.byref(params), int(dtype == torch.bfloat16), 0) == 0
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda_plan, "resident_clusters", lambda *_: 10**6)
+    cuda_plan.plan.cache_clear()
+    names = (
+        NAMES if policy["group_reduction"] == "mass" else ["window" if name == "window" else "max" for name in NAMES]
+    )
+    places = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32)
+    mixed = {"policies": places, "top_p": torch.tensor(TOP_PS), "cluster_size": 3}
+    batches = [(LENGTHS, BUDGETS, mixed, 1.0), ([LONG], [40], {"cluster_size": 1}, 1.0)]
+    alike = {"cluster_size": 2, "top_p": torch.tensor([0.7])}
+    batches += [([LONG], [40], alike, 0.0), ([LONG], [40], alike, float("nan"))]
+    races = []
+    for lengths, budgets, options, size in batches:
+        case = make((1, group, dim, 16), policy["page_summary"], lengths=lengths)
+        case.query.mul_(size)
+        caches = (case.views.keys, case.views.values, case.views.summaries)
+        rows = (case.block_table, case.seq_lens, torch.tensor(budgets, dtype=torch.int32))
+        taken = torch.zeros(len(lengths), 1, dtype=torch.int32)
+        launch_options = {"page_size": 16, "scale": dim**-0.5, "warps": warps, "taken": taken, **policy, **options}
+        cuda.quest_decode(case.query, *caches, *rows, **launch_options)
+        races += take_races(library)
+    return races
+
+
+@pytest.mark.parametrize(("dim", "warps"), [(128, 16), (64, 8)])
+def test_no_two_threads_race(dim: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build("decode.cpp", dim, tmp_path, warps, races=True)
+    for policy, group in KINDS:
+        assert races_of(library, monkeypatch, warps, dim, group, policy) == [], (policy, group)
+
+
+@pytest.mark.parametrize(
+    ("file", "barrier", "found_in"),
+    [
+        ("attend.cuh", "__syncthreads();  // the window is free for the merge", "attend.cuh"),
+        ("score.cuh", "__syncwarp();  // other lanes of the warp go on to read what this one has stored", "score.cuh"),
+        ("select.cuh", "cluster_sync();  // every CTA has read the histograms", "select.cuh"),
+    ],
+)
+def test_a_barrier_that_lacks_is_missed(
+    file: str, barrier: str, found_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the threads of a CTA, the lanes of a warp, and the CTAs of a cluster."""
+    kernels = tmp_path / "kernels"
+    shutil.copytree(build_tools.source_dir("cuda"), kernels)
+    source = (kernels / file).read_text()
+    assert source.count(barrier) == 1
+    (kernels / file).write_text(source.replace(barrier, ";"))
+    library = build("decode.cpp", 64, tmp_path, 8, races=True, kernels=kernels)
+    policy, group = KINDS[-1]
+    races = races_of(library, monkeypatch, 8, 64, group, policy)
+    assert any(found_in in race for race in races), races
