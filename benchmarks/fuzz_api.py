@@ -58,11 +58,13 @@ SCALARS: list[Any] = [
         "",
         "512",
         "x",
+        "window",
         "\x00",
         "\ud800",
     ),
     *("é中😀", "sparse_attention", "../../etc/passwd", "${jndi:x}", "<script>", "A" * 3000, float("inf"), float("nan")),
 ]
+OURS = ("token_budget", "top_p", "policy")
 LENGTHS = re.compile(r"max_.*tokens|^n$|min_tokens|best_of|beam|logprobs|top_k|length|truncate")
 
 
@@ -89,16 +91,16 @@ class Fuzzer:
         return path, {"model": self.model, **json.loads(json.dumps(SCHEMAS[path][1]))}
 
     def ours(self) -> tuple[str, str, bytes]:
-        """Our object, our xarg, and model names around the aliases."""
+        """Our object, our xargs, and model names around the aliases."""
         path, request = self.base()
         for _ in range(self.random.randint(1, 2)):
             kind = self.random.randrange(5)
             if kind == 0:
                 request["sparse_attention"] = self.value()
             elif kind == 1:
-                request["sparse_attention"] = {"token_budget": self.value()}
+                request["sparse_attention"] = {self.random.choice(OURS): self.value() for _ in range(2)}
             elif kind == 2:
-                request["vllm_xargs"] = {"quest_token_budget": self.value()}
+                request["vllm_xargs"] = {f"quest_{self.random.choice(OURS)}": self.value() for _ in range(2)}
             elif kind == 3:
                 request["model"] = self.random.choice(
                     [f"{self.model}:fast", f"{self.model}:", ":fast", "a:fast", "fast"]
