@@ -1,14 +1,16 @@
-"""Races in csrc/cuda/quest_decode.cu: every access to shared memory, of every thread of a cluster, run on a CPU.
+"""Races in csrc/cuda/quest_decode.cu: every access to what a cluster's threads share, run on a CPU.
 
 compute-sanitizer's racecheck does not get through one launch of these kernels in minutes. Here the compiler marks the
 accesses, and two of them race unless a barrier lies between (cuda_on_host/races.h). Not seen: what an asynchronous copy
-does before it is waited for, and memory that is not the cluster's.
+does before it is waited for, and what other launches read: the output, and flags of the chosen pages.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,17 @@ LONG = 16 * 700  # several rounds a warp
 KINDS = [(CODES, 4), (CODES, 8), (BOXES | {"group_reduction": "mass"}, 3), (BOXES, 4)]
 
 
+@pytest.fixture(scope="module")
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], ctypes.CDLL]:
+    """The watched kernels for a head dimension and a number of warps, built once."""
+    folder = tmp_path_factory.mktemp("races")
+    return functools.cache(lambda dim, warps: build("decode.cpp", dim, folder, warps, races=True))
+
+
 def races_of(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, warps: int, dim: int, group: int, policy: dict[str, Any]
 ) -> list[str]:
-    """The races of a mixed batch, of a long row, and of one whose scores are all equal, or all infinite."""
+    """The races of a mixed batch, of long rows, and of rows whose scores are all equal, or all infinite."""
 
     def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
         assert library.quest_decode_on_host(ctypes.byref(params), int(dtype == torch.bfloat16), 0) == 0
@@ -45,7 +54,7 @@ def races_of(
     )
     places = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32)
     mixed = {"policies": places, "top_p": torch.tensor(TOP_PS), "cluster_size": 3}
-    batches = [(LENGTHS, BUDGETS, mixed, 1.0), ([LONG], [40], {"cluster_size": 1}, 1.0)]
+    batches = [(LENGTHS, BUDGETS, mixed, 1.0), ([LONG], [600], {"cluster_size": 1}, 1.0)]  # a list beyond shared memory
     alike = {"cluster_size": 2, "top_p": torch.tensor([0.7])}
     batches += [([LONG], [40], alike, 0.0), ([LONG], [40], alike, float("nan"))]
     races = []
@@ -62,10 +71,22 @@ def races_of(
 
 
 @pytest.mark.parametrize(("dim", "warps"), [(128, 16), (64, 8)])
-def test_no_two_threads_race(dim: int, warps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = build("decode.cpp", dim, tmp_path, warps, races=True)
+def test_no_two_threads_race(
+    dim: int, warps: int, library_of: Callable[[int, int], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_of(dim, warps)
     for policy, group in KINDS:
         assert races_of(library, monkeypatch, warps, dim, group, policy) == [], (policy, group)
+
+
+def test_no_two_threads_race_for_scores_off_chip(
+    library_of: Callable[[int, int], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("SHARED_SCORE_BYTES", "ALL_SCORE_BYTES"):
+        monkeypatch.setattr(cuda_plan, room, 0)
+    library = library_of(64, 8)
+    for policy, group in KINDS[1:]:
+        assert races_of(library, monkeypatch, 8, 64, group, policy) == [], (policy, group)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ struct Barrier {
 
 class Cluster {
  public:
+  static inline void (*watch_more)() = [] {};  // what else the races are looked for in
+
   // Runs `program` in `ctas` CTAs of `threads` threads, the last first if `backwards`. `shared` is where the CTAs' shared
   // memories lie, `shared_bytes` apart. False: they wait for one another for ever.
   static bool run(void (*program)(), unsigned ctas, unsigned threads, char* shared, size_t shared_bytes, bool backwards) {
@@ -29,7 +31,9 @@ class Cluster {
     blocks_.assign(ctas, Barrier{threads});
     cluster_ = Barrier{all};
     program_ = program, threads_ = threads, shared_ = shared, shared_bytes_ = shared_bytes;
-    races::watch(shared, ctas * shared_bytes, all);
+    races::start(all);
+    races::watch(shared, ctas * shared_bytes);
+    watch_more();
     meet_warp = [] { wait(meetings_[current_ / 32], arrive(meetings_[current_ / 32])); };
     order_warp = [] { meet(warps_[current_ / 32]); };
     left_ = all;

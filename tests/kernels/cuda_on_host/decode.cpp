@@ -83,6 +83,12 @@ extern "C" int quest_decode_on_host(const quest::DecodeParams* p, int bfloat16, 
   std::vector<char> memories(p->cluster_size * bytes + 128);
   char* shared = memories.data() + (128 - reinterpret_cast<uintptr_t>(memories.data()) % 128);
   gridDim.x = p->cluster_size;
+  Cluster::watch_more = [] {  // of this row and head
+    const int64_t row = blockIdx.z * params->num_select_heads + blockIdx.y;
+    const int64_t listed = params->max_pages + kMaxCluster, scores = num_planes(*params) * params->plane_pages;
+    races::watch(params->listed + row * listed, listed * sizeof(int32_t));
+    if (params->score_scratch) races::watch(params->score_scratch + row * scores, scores * sizeof(float));
+  };
   for (int req = 0; req < p->num_reqs; ++req) {
     for (int head = 0; head < p->num_select_heads; ++head) {
       blockIdx.y = head, blockIdx.z = req;

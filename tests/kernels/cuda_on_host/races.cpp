@@ -13,31 +13,38 @@ struct Access {
   const void* code;
 };
 
-// Four bytes of shared memory: the accesses that no later write covers.
+// Four bytes: the accesses that no later write covers.
 struct Cell {
   std::vector<Access> writes, reads, atomics;
 };
 
-static std::vector<Cell> cells;
+struct Region {
+  uintptr_t begin, end;
+  std::vector<Cell> cells;
+};
+
+static std::vector<Region> regions;
 static std::vector<Race> found;
 static std::vector<Known> known;      // of each thread, itself apart
 static std::vector<uint32_t> epochs;  // of each thread
-static uintptr_t begin, end;
 static uint32_t running;
 static constexpr size_t kReportedAtMost = 64;
 
-void watch(const void* shared, size_t bytes, uint32_t threads) {
-  begin = reinterpret_cast<uintptr_t>(shared), end = begin + bytes;
-  cells.assign((bytes + 3) / 4, Cell{});
+void start(uint32_t threads) {
+  regions.clear();
   known.assign(threads, std::make_shared<const Clock>(threads, 0));
   epochs.assign(threads, 1);
 }
+void watch(const void* place, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(place);
+  regions.push_back(Region{begin, begin + bytes, std::vector<Cell>((bytes + 3) / 4)});
+}
 void run(uint32_t thread) { running = thread; }
 
-static void check(const std::vector<Access>& others, uintptr_t at, const void* code) {
+static void check(const std::vector<Access>& others, uint64_t offset, const void* code) {
   for (const Access& other : others) {
     const bool over = other.thread == running || (*known[running])[other.thread] >= other.epoch;
-    if (!over && found.size() < kReportedAtMost) found.push_back(Race{at - begin, other.thread, running, other.code, code});
+    if (!over && found.size() < kReportedAtMost) found.push_back(Race{offset, other.thread, running, other.code, code});
   }
 }
 
@@ -49,9 +56,10 @@ static void note(std::vector<Access>& accesses, const void* code) {
 
 static void access(const void* place, size_t bytes, Kind kind, const void* code) {
   const uintptr_t from = reinterpret_cast<uintptr_t>(place);
-  if (from < begin || from >= end) return;
-  for (uintptr_t at = from & ~uintptr_t{3}; at < from + bytes; at += 4) {
-    Cell& cell = cells[(at - begin) / 4];
+  const auto of = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return from >= r.begin && from < r.end; });
+  if (of == regions.end()) return;
+  for (uint64_t at = (from - of->begin) / 4 * 4; at < from - of->begin + bytes; at += 4) {
+    Cell& cell = of->cells[at / 4];
     check(cell.writes, at, code);
     if (kind != Kind::kAtomic) check(cell.atomics, at, code);
     if (kind != Kind::kRead) check(cell.reads, at, code);

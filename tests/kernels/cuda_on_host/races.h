@@ -1,4 +1,4 @@
-// Finds accesses to a cluster's shared memory that no barrier orders. The compiler marks every access of the kernels
+// Finds accesses to memory that a cluster's threads share, on chip or off it, that no barrier orders. The compiler marks every access of the kernels
 // (-fsanitize=thread); instead of its runtime library, races.cpp is told of them, which knows a GPU's barriers. Without
 // QUEST_RACES nothing is watched.
 //
@@ -16,7 +16,7 @@ using Clock = std::vector<uint32_t>;  // [threads]
 using Known = std::shared_ptr<const Clock>;
 
 struct Race {
-  uint64_t offset;          // in the cluster's shared memory
+  uint64_t offset;          // in the memory that is watched
   uint32_t first, second;   // threads, counted over the cluster
   const void *first_code, *second_code;
 };
@@ -31,7 +31,8 @@ struct Order {
   void open();
   void wait() const;
 };
-void watch(const void* shared, size_t bytes, uint32_t threads);
+void start(uint32_t threads);                // nothing is watched yet
+void watch(const void* place, size_t bytes);
 void run(uint32_t thread);  // the thread whose accesses follow
 void atomic(const void* place, size_t bytes);
 #define QUEST_UNMARKED __attribute__((no_sanitize("thread")))
@@ -41,7 +42,8 @@ struct Order {
   void open() {}
   void wait() const {}
 };
-inline void watch(const void*, size_t, uint32_t) {}
+inline void start(uint32_t) {}
+inline void watch(const void*, size_t) {}
 inline void run(uint32_t) {}
 inline void atomic(const void*, size_t) {}
 #define QUEST_UNMARKED
