@@ -5,6 +5,7 @@ Knows nothing of vLLM: :mod:`quest_vllm.budget_tap` feeds it, the metadata build
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from quest_vllm.config import MASS_POLICIES, MAX_TOKEN_BUDGET, POLICIES, WINDOW, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
+
+logger = logging.getLogger("vllm.quest_vllm")
 
 XARG = "quest_token_budget"
 """Key of a request's budget in ``vllm_xargs`` (HTTP) and ``SamplingParams.extra_args`` (Python)."""
@@ -116,10 +119,15 @@ def clamp_top_p(value: object, *, default: float) -> float:
 
 
 def clamp_policy(value: object, *, config: QuestConfig) -> int:
-    """As :func:`parse_policy`, for a worker with a resolved ``config``: a place in ``POLICIES``; never raises."""
+    """As :func:`parse_policy`, for a worker with a resolved ``config``: a place in ``POLICIES``.
+
+    Never raises. What is not legal here is logged, and the server's own taken: HTTP refuses it, but an offline ``LLM``
+    does not know what the worker resolves "auto" to.
+    """
     try:
         return POLICIES.index(parse_policy(value, config=config))
-    except QuestValueError:
+    except QuestValueError as error:
+        logger.warning("quest_vllm: %s; the request is served with %r", error, config.group_reduction)
         return POLICIES.index(config.group_reduction)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,13 @@ def test_anything_else_is_refused_and_a_worker_takes_the_servers_own(config: Que
     assert POLICIES[clamped] == config.group_reduction
     with pytest.raises(QuestValueError, match="^here: expected one of "):
         parse_policy(value, config=config, field="here")
+
+
+def test_a_worker_says_what_it_cannot_serve(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert POLICIES[clamp_policy("mean", config=BOXES)] == "max"
+    (said,) = caplog.messages
+    assert "quest_policy: expected one of 'max', 'window', got 'mean'" in said and "served with 'max'" in said
 
 
 @pytest.mark.parametrize("value", BAD)
