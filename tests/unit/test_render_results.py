@@ -61,10 +61,16 @@ def test_whole_models_have_a_column_a_gpu_and_the_newest_of_each(render: Any, re
     assert len(render.engine_lines()) == 3  # docs/results.md has every policy and GPU
 
 
-def test_a_layer_has_a_column_a_page_summary(render: Any, results: Path) -> None:
+def test_a_layer_has_a_column_a_page_summary_and_kind_of_gpu(render: Any, results: Path) -> None:
     case = {"context": 2**20, "batch": 1, "budget": 8192, "fa3": {"in_graph": 8.0}}
     times = {"cuda": {"in_graph": 1.0}, "cuda_key_codes": {"in_graph": 2.0}}
-    put(results, "h100/2000-01-01-a-chain.json", {"gpu": "NVIDIA H100", "cases": [case | times]})
+    put(results, "h200/2000-01-01-a-chain.json", {"gpu": "NVIDIA H200", "cases": [case | {"cuda": {"in_graph": 4.0}}]})
+    put(results, "h100/2000-01-03-a-chain.json", {"gpu": "NVIDIA H100 80GB", "cases": [case | times]})
+    put(results, "h100/2000-01-02-b-chain.json", {"gpu": "NVIDIA H100 80GB", "cases": [case]})
     title, _, line, _ = render.summary_of_layers()
-    assert title.startswith("| one layer's attention, against FlashAttention 3, [H100](benchmarks/")
-    assert line == "| 1M x1, budget 8K | 4.0x | 8.0x |"
+    columns = [column.strip() for column in title.split("|")[1:-1]]
+    newest = "benchmarks/results/h100/2000-01-03-a-chain.json"
+    assert columns[1:3] == [f"[H100]({newest}), key codes (default)", f"[H100]({newest}), min/max"]
+    assert columns[0] == "one layer's attention, against FlashAttention 3" and "H200" in columns[3]
+    assert line == "| 1M x1, budget 8K | 4.0x | 8.0x | 2.0x |"
+    assert render.newest("h*/*-chain.json")[1] == newest
