@@ -49,6 +49,7 @@ class Cluster {
     exhaust([&] {
       for (unsigned i = 0; i < ctas; ++i) exhaust([&] { run_block(from(i, ctas)); });
     });
+    races::stop();
     return left_ == 0;
   }
 

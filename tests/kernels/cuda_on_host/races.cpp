@@ -23,7 +23,8 @@ struct Region {
   std::vector<Cell> cells;
 };
 
-static std::vector<Region> regions;
+// Null but while a cluster runs: constructors and destructors of what is marked call as well, at any time.
+static std::vector<Region>* regions = nullptr;
 static std::vector<Race> found;
 static std::vector<Known> known;      // of each thread, itself apart
 static std::vector<uint32_t> epochs;  // of each thread
@@ -31,13 +32,17 @@ static uint32_t running;
 static constexpr size_t kReportedAtMost = 64;
 
 void start(uint32_t threads) {
-  regions.clear();
+  regions = new std::vector<Region>;
   known.assign(threads, std::make_shared<const Clock>(threads, 0));
   epochs.assign(threads, 1);
 }
 void watch(const void* place, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(place);
-  regions.push_back(Region{begin, begin + bytes, std::vector<Cell>((bytes + 3) / 4)});
+  regions->push_back(Region{begin, begin + bytes, std::vector<Cell>((bytes + 3) / 4)});
+}
+void stop() {
+  delete regions;
+  regions = nullptr;
 }
 void run(uint32_t thread) { running = thread; }
 
@@ -55,9 +60,10 @@ static void note(std::vector<Access>& accesses, const void* code) {
 }
 
 static void access(const void* place, size_t bytes, Kind kind, const void* code) {
+  if (regions == nullptr) return;
   const uintptr_t from = reinterpret_cast<uintptr_t>(place);
-  const auto of = std::find_if(regions.begin(), regions.end(), [&](const Region& r) { return from >= r.begin && from < r.end; });
-  if (of == regions.end()) return;
+  const auto of = std::find_if(regions->begin(), regions->end(), [&](const Region& r) { return from >= r.begin && from < r.end; });
+  if (of == regions->end()) return;
   for (uint64_t at = (from - of->begin) / 4 * 4; at < from - of->begin + bytes; at += 4) {
     Cell& cell = of->cells[at / 4];
     check(cell.writes, at, code);

@@ -33,6 +33,7 @@ struct Order {
 };
 void start(uint32_t threads);                // nothing is watched yet
 void watch(const void* place, size_t bytes);
+void stop();                                 // nothing is watched any more
 void run(uint32_t thread);  // the thread whose accesses follow
 void atomic(const void* place, size_t bytes);
 #define QUEST_UNMARKED __attribute__((no_sanitize("thread")))
@@ -44,6 +45,7 @@ struct Order {
 };
 inline void start(uint32_t) {}
 inline void watch(const void*, size_t) {}
+inline void stop() {}
 inline void run(uint32_t) {}
 inline void atomic(const void*, size_t) {}
 #define QUEST_UNMARKED
