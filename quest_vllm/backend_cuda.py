@@ -260,18 +260,11 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
     def _whole_step(self, common: Any, step: SortedStep | None) -> SparseRows:
         num_reqs = common.num_reqs
         if step is not None:
-            budgets = self.group.page_budgets(step.classes)
-            host = np.full((*budgets.shape[:-1], num_reqs), ALL_PAGES, dtype=np.int32)
-            sparse, adaptive = step.classes.sparse, step.classes.adaptive
-            host[..., step.rows.requests[sparse]] = budgets[..., sparse]
-            self.page_budgets.put(host)
-            shares = np.ones(num_reqs, dtype=np.float32)
-            shares[step.rows.requests[adaptive]] = step.top_ps[adaptive]
-            self.top_ps.put(shares)
-            policies = np.zeros(num_reqs, dtype=np.int32)
-            policies[step.rows.requests] = step.policies
-            self.policies.put(policies)
-            self._expect(common, step, step.rows.requests)
+            places, sparse, adaptive = step.rows.requests, step.classes.sparse, step.classes.adaptive
+            self.page_budgets.put_at(num_reqs, places[sparse], self.group.page_budgets(step.classes)[..., sparse])
+            self.top_ps.put_at(num_reqs, places[adaptive], step.top_ps[adaptive])
+            self.policies.put_at(num_reqs, places, step.policies)
+            self._expect(common, step, places)
         return SparseRows(
             tokens=None,
             seq_lens=common.seq_lens,
@@ -286,18 +279,12 @@ class QuestCudaMetadataBuilder(_flash.FlashAttentionMetadataBuilder):  # type: i
     def _verify_step(self, common: Any, step: SortedStep | None, buffers: VerifyBuffers, width: int) -> SparseRows:
         count = common.num_actual_tokens
         if step is not None:
-            budgets = self.group.page_budgets(step.classes)
-            host = np.zeros((*budgets.shape[:-1], count), dtype=np.int32)
-            shares = np.ones(count, dtype=np.float32)
-            served, adaptive = step.rows.served(step.classes.sparse), step.classes.adaptive
-            host[..., step.rows.starts[served]] = budgets[..., served]
-            buffers.page_budgets.put(host)
-            shares[step.rows.starts[adaptive]] = step.top_ps[adaptive]
-            buffers.top_ps.put(shares)
-            policies = np.zeros(count, dtype=np.int32)
-            policies[step.rows.starts] = step.policies
-            buffers.policies.put(policies)
-            self._expect(common, step, step.rows.starts)
+            places, adaptive = step.rows.starts, step.classes.adaptive
+            served = step.rows.served(step.classes.sparse)
+            buffers.page_budgets.put_at(count, places[served], self.group.page_budgets(step.classes)[..., served])
+            buffers.top_ps.put_at(count, places[adaptive], step.top_ps[adaptive])
+            buffers.policies.put_at(count, places, step.policies)
+            self._expect(common, step, places)
         blocks = -(-common.max_seq_len // self.block_size)
         buffers.fill(width, common.seq_lens, common.block_table_tensor, min(blocks, buffers.block_table.shape[1]))
         return SparseRows(

@@ -26,6 +26,13 @@ class RowBuffer:
         shape = (rows,) if layers is None else (layers, rows)
         self.tensor = torch.full(shape, value, dtype=dtype, device=device)
         self._held = torch.full(shape, value, dtype=dtype).numpy()
+        self._value = value
+
+    def put_at(self, count: int, places: npt.NDArray[np.intp], values: npt.NDArray[np.generic]) -> None:
+        """:meth:`put` for ``count`` rows: ``values`` ``[..., len(places)]`` at ``places``, else what was at first."""
+        rows = np.full((*self._held.shape[:-1], count), self._value, dtype=self._held.dtype)
+        rows[..., places] = values
+        self.put(rows)
 
     def put(self, values: npt.NDArray[np.generic]) -> None:
         """Make ``values`` ``[..., <= rows]`` the first rows' numbers, before the kernels that follow on this stream."""

@@ -93,7 +93,7 @@ def compose(
         taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
-        common: dict[str, Any] = {"page_size": page_size} | ({} if policies is None else {"policies": policies})
+        common: dict[str, Any] = {"page_size": page_size, "policies": policies}
         scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
         scores = score_pages(query, summaries, *rows, page_summary=page_summary, **scoring, **common)
         options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, **common}
