@@ -9,6 +9,7 @@ the markers of docs/characterisation.md. Needs matplotlib.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +174,7 @@ def gpu_times() -> list[Times]:
 
 def newest_with(pattern: str, wanted: Any) -> tuple[Result, str] | None:
     """The newest file of a kind that ``wanted`` accepts."""
-    for path in sorted((ROOT / "benchmarks/results").glob(pattern), reverse=True):
+    for path in reversed(render_results.in_order(pattern)):
         document = json.loads(path.read_text())
         if wanted(document):
             return document, str(path.relative_to(ROOT))
@@ -284,8 +285,7 @@ def closed(results: list[Result], budget: int, policy: str, metric: str) -> str:
 def swept(sweep: str) -> list[Result]:
     """The newest document of each model, context and what was measured (texts, questions, both), of any machine."""
     found: dict[tuple[str, ...], Result] = {}
-    paths = (ROOT / "benchmarks/results").glob(f"*/*-{sweep}-*.json")
-    for path in sorted(paths, key=lambda path: path.name):  # names begin with the date
+    for path in render_results.in_order(f"*/*-{sweep}-*.json"):
         document = json.loads(path.read_text())
         if document.get("benchmark") == "page_policies":
             measured = sorted(document["results"][0]["values"])
@@ -314,42 +314,40 @@ def bytes_beside_default(document: Result, one: Result) -> str:
     return f"{100 * one['bytes_per_layer_and_step'] / base['bytes_per_layer_and_step']:.0f}%"
 
 
-def swept_gap_table() -> list[str]:
-    """One line a model, budget and policy of the gap sweep, the original left out, where every gap is 0."""
-    lines = ["| model, context | budget | policy | bytes | KL to dense | KL gap closed | NLL gap closed | answered |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for document in swept("gap"):
+def swept_table(sweep: str, columns: str, cells_of: Callable[[Result, Result], list[str]]) -> list[str]:
+    """One line a model, budget and policy of a sweep; ``cells_of``: what a document and a result of it say."""
+    titles = f"| model, context | budget | policy | {columns} |"
+    lines = [titles, "|---" * (titles.count("|") - 1) + "|"]
+    for document in swept(sweep):
         for one in policies_of(document):
-            key = (document["results"], one["budget"], one["policy"])
-            cells = [measured_on(document), str(one["budget"]), one["policy"], bytes_beside_default(document, one)]
-            cells += [shown(one, "kl"), closed(*key, "kl"), closed(*key, "needle_nll"), shown(one, "needle_hits", 100)]
+            cells = [measured_on(document), str(one["budget"]), one["policy"], *cells_of(document, one)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def swept_long_table() -> list[str]:
-    """One line a model and policy of the long sweep: what is lost against dense, paired."""
-    lines = ["| model, context | budget | policy | KL to dense | NLL of the text | NLL of the answer | answered |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for document in swept("long"):
-        for one in policies_of(document):
-            lost = one["minus_dense"]
-            cells = [measured_on(document), str(one["budget"]), one["policy"], shown(one, "kl")]
-            cells += [shown(lost, "text_nll"), shown(lost, "needle_nll"), shown(lost, "needle_hits", 100)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def gap_cells(document: Result, one: Result) -> list[str]:
+    """How much of the way from the original to the oracle a policy goes."""
+    key = (document["results"], one["budget"], one["policy"])
+    closed_gaps = (closed(*key, "kl"), closed(*key, "needle_nll"))
+    return [bytes_beside_default(document, one), shown(one, "kl"), *closed_gaps, shown(one, "needle_hits", 100)]
 
 
-def swept_pool_table() -> list[str]:
-    """One line a model, budget and policy of the pool sweep."""
-    lines = ["| model, context | budget | policy | KL to dense | NLL of the answer | answered |"]
-    lines.append("|---|---|---|---|---|---|")
-    for document in swept("pool"):
-        for one in policies_of(document):
-            cells = [measured_on(document), str(one["budget"]), one["policy"], shown(one, "kl")]
-            cells += [shown(one, "needle_nll"), shown(one, "needle_hits", 100)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def long_cells(_: Result, one: Result) -> list[str]:
+    """What is lost against dense, paired."""
+    lost = one["minus_dense"]
+    return [shown(one, "kl"), shown(lost, "text_nll"), shown(lost, "needle_nll"), shown(lost, "needle_hits", 100)]
+
+
+def pool_cells(_: Result, one: Result) -> list[str]:
+    """What a policy loses."""
+    return [shown(one, "kl"), shown(one, "needle_nll"), shown(one, "needle_hits", 100)]
+
+
+SWEPT = {
+    "gap": ("bytes | KL to dense | KL gap closed | NLL gap closed | answered", gap_cells),
+    "long": ("KL to dense | NLL of the text | NLL of the answer | answered", long_cells),
+    "pool": ("KL to dense | NLL of the answer | answered", pool_cells),
+}
 
 
 def shown(of: Result, metric: str, percent: int = 0) -> str:
@@ -383,7 +381,7 @@ def main() -> None:
     draw_cost().savefig(ROOT / "docs/img/characterisation-cost.png", dpi=110)
     text = PAGE.read_text()
     tables = {"gap": gap_table(), "quality": quality_table(), "times": time_table()}
-    tables |= {"swept-gap": swept_gap_table(), "swept-long": swept_long_table(), "swept-pool": swept_pool_table()}
+    tables |= {f"swept-{sweep}": swept_table(sweep, *how) for sweep, how in SWEPT.items()}
     for name, lines in tables.items():
         text = replace(text, name, lines)
     PAGE.write_text(text)

@@ -54,7 +54,7 @@ def model_lines(
     ``line``: what a document and a case of it come to, but for the link to the file.
     """
     lines = {}
-    for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
+    for path in in_order(pattern):
         document = json.loads(path.read_text())
         for c in document["cases"]:
             if "speedup" in c:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from quest_vllm.config import POLICIES
 from quest_vllm.ops import reference
 from quest_vllm.page_layout import PageViews, split_chunks, summary_bytes_per_token
+
+
+def places(names: Sequence[str], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Rows' policies as operations take them, ``[num_reqs]`` int32."""
+    return torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32, device=device)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A few launches of every CUDA kernel, small enough for compute-sanitizer's slower tools.
 
-usage: compute-sanitizer --tool initcheck python -m tests.kernels.sanitize [--head-dims 64,128] [--warps 8,16]
+usage: compute-sanitizer --tool initcheck python -m tests.kernels.sanitize [--head-dims 64 128] [--warps 8 16]
 
 Whole tests take these tools too long: each launch here has rows that are empty, short, covered, sparse, adaptive and a
 window, in one batch. Answers are those of a launch before, bit for bit.
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import cuda, cuda_build
-from tests.kernels.test_cuda_ops import build, ints, run
+from tests.kernels.paged import places
+from tests.kernels.test_cuda_ops import build, run
 
 LENGTHS = [0, 1, 100, 583, 700, 640]
 BUDGETS = [3, 3, 200, 9, 30, 12]
@@ -35,7 +35,7 @@ def launch_all(head_dim: int, warps: int, page_summary: str, reduction: str, gro
     options: dict[str, Any] = {"page_summary": page_summary, "group_reduction": reduction, "warps": warps}
     options["top_p"] = torch.tensor(TOP_PS, device=case.query.device)
     if reduction == "mass":
-        options["policies"] = ints([POLICIES.index(name) for name in NAMES])
+        options["policies"] = places(NAMES, case.query.device)
     taken = torch.zeros(len(LENGTHS), 1, dtype=torch.int32, device=case.query.device)
     for cluster in CLUSTERS:
         first, again = (run(case, BUDGETS, cluster_size=cluster, taken=taken, **options) for _ in range(2))
@@ -46,9 +46,8 @@ def launch_all(head_dim: int, warps: int, page_summary: str, reduction: str, gro
 def main() -> None:
     """Launch every kind for every head dimension and number of warps asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--head-dims", type=numbers, default=list(cuda_build.HEAD_DIMS))
-    parser.add_argument("--warps", type=numbers, default=[8, 16])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=cuda_build.HEAD_DIMS)
+    parser.add_argument("--warps", type=int, nargs="+", default=(8, 16))
     asked = parser.parse_args()
     start = time.monotonic()
     for head_dim in asked.head_dims:

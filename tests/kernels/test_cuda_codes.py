@@ -41,6 +41,12 @@ def encode(case: PagedCase) -> PagedCase:
     return case
 
 
+def summarised(page_summary: str, lengths: list[int], shape: tuple[int, ...]) -> PagedCase:
+    """A case on the GPU with either kind of summaries."""
+    case = build(lengths, shape)
+    return encode(case) if page_summary == "key_codes" else case
+
+
 def rounding(case: PagedCase, scale: float) -> float:
     """The most that a score may be off.
 

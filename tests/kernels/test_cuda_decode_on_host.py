@@ -16,10 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import cuda, cuda_plan, reference
 from tests.kernels.cuda_on_host import build
-from tests.kernels.paged import PagedCase, make_case
+from tests.kernels.paged import PagedCase, make_case, places
 from tests.kernels.test_cuda_codes import rounding
 from tests.kernels.test_cuda_ops import assert_near, in_float64
 
@@ -43,11 +42,17 @@ def on_host(
     library_of: Callable[[int, int], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Launches of the CUDA module run here, the threads' order reversed if the test's parameter says so."""
+    launch_in(library_of, monkeypatch, int(getattr(request, "param", False)))
+
+
+def launch_in(
+    library_of: Callable[[int, int], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, backwards: int = 0
+) -> None:
+    """Have launches of the CUDA module run in the library for their head dimension and warps."""
 
     def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
         assert name == "quest_decode"
         library = library_of(head_dim, warps)
-        backwards = int(getattr(request, "param", False))
         assert library.quest_decode_on_host(ctypes.byref(params), int(dtype == torch.bfloat16), backwards) == 0, (
             "threads wait for ever"
         )
@@ -167,7 +172,7 @@ def check(
     heads = case.query.shape[1] if policy["group_reduction"] == "per_query_head" else case.views.keys.shape[1]
     caches = (case.views.keys, case.views.values, case.views.summaries)
     rows = (case.block_table, case.seq_lens, torch.tensor(page_budgets, dtype=torch.int32))
-    own = None if policies is None else torch.tensor([POLICIES.index(name) for name in policies], dtype=torch.int32)
+    own = None if policies is None else places(policies)
     windows = torch.tensor([name == "window" for name in policies or [""] * count])
     shares = None if top_p is None else torch.where(windows, 1.0, torch.full((count,), top_p))
     scale = head_dim**-0.5

@@ -83,6 +83,16 @@ def in_float64(case: PagedCase) -> PagedCase:
     )
 
 
+def attending(selected: torch.Tensor, scale: float) -> Callable[[PagedCase], torch.Tensor]:
+    """What the reference makes of a case when these pages are selected."""
+
+    def attend(of: PagedCase) -> torch.Tensor:
+        caches = (of.views.keys, of.views.values, of.block_table, of.seq_lens, selected)
+        return reference.sparse_paged_attention(of.query, *caches, page_size=of.page_size, scale=scale)
+
+    return attend
+
+
 def assert_near(actual: torch.Tensor, case: PagedCase, want: Callable[[PagedCase], torch.Tensor]) -> None:
     """Within three times the error that the reference makes in the case's own dtype, against float64."""
     exact = want(in_float64(case))

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import cuda, reference
-from tests.kernels.paged import PagedCase
-from tests.kernels.test_cuda_codes import encode
-from tests.kernels.test_cuda_ops import CLUSTERS, DEVICE, assert_near, build, ints, run, warp_counts
+from tests.kernels.paged import places
+from tests.kernels.test_cuda_codes import summarised
+from tests.kernels.test_cuda_ops import CLUSTERS, DEVICE, assert_near, attending, build, ints, run, warp_counts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,22 +22,13 @@ BUDGETS = [3, 3, 200, 30, 60, 40, 200, 17]  # pages; the third and the last but 
 NAMES = ["max", "window", "mean", "window", "max", "mean", "window", "mass"]
 
 
-def places(names: list[str]) -> torch.Tensor:
-    return ints([POLICIES.index(name) for name in names])
-
-
-def summarised(page_summary: str, shape: tuple[int, ...]) -> PagedCase:
-    case = build(LENGTHS, shape)
-    return encode(case) if page_summary == "key_codes" else case
-
-
 @pytest.mark.parametrize("shape", [(2, 4, 128, 16, 16), (2, 2, 64, 16, 32), (1, 7, 64, 16, 16), (2, 1, 256, 16, 32)])
 @pytest.mark.parametrize(
     ("page_summary", "reduction"), [("min_max", "max"), ("min_max", "mass"), ("key_codes", "mass")]
 )
 def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], page_summary: str, reduction: str) -> None:
-    case = summarised(page_summary, shape)
-    scale, policies = case.query.shape[2] ** -0.5, places(NAMES)
+    case = summarised(page_summary, LENGTHS, shape)
+    scale, policies = case.query.shape[2] ** -0.5, places(NAMES, DEVICE)
     tensors = (case.query, case.views.summaries, case.block_table, case.seq_lens)
     scoring: dict[str, Any] = {"group_reduction": reduction, "page_summary": page_summary, "policies": policies}
     for cluster in CLUSTERS:
@@ -52,20 +42,15 @@ def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], page_summary: st
             out = run(case, BUDGETS, chosen=chosen, cluster_size=cluster, warps=warps, **scoring)
             choosing = rows[1] < reference.num_pages(rows[0], 16)
             assert torch.equal(chosen[choosing], cuda._as_flags(want, width)[choosing])
-
-            def attend(of: PagedCase, selected: torch.Tensor = want) -> torch.Tensor:
-                caches = (of.views.keys, of.views.values, of.block_table, of.seq_lens, selected)
-                return reference.sparse_paged_attention(of.query, *caches, page_size=16, scale=scale)
-
-            assert_near(out, case, attend)
+            assert_near(out, case, attending(want, scale))
 
 
 @pytest.mark.parametrize("page_summary", ["min_max", "key_codes"])
 def test_scores_of_a_row_are_those_of_a_launch_with_that_reduction(page_summary: str) -> None:
-    case = summarised(page_summary, (2, 4, 128, 16, 16))
+    case = summarised(page_summary, LENGTHS, (2, 4, 128, 16, 16))
     tensors = (case.query, case.views.summaries, case.block_table, case.seq_lens)
     options: dict[str, Any] = {"page_size": 16, "scale": 128**-0.5, "page_summary": page_summary}
-    mixed = cuda.score_pages(*tensors, group_reduction="mass", policies=places(NAMES), **options)
+    mixed = cuda.score_pages(*tensors, group_reduction="mass", policies=places(NAMES, DEVICE), **options)
     for row, name in enumerate(NAMES):
         if name != "window":
             alone = cuda.score_pages(*tensors, group_reduction=name, **options)[row]
@@ -74,8 +59,8 @@ def test_scores_of_a_row_are_those_of_a_launch_with_that_reduction(page_summary:
 
 
 def test_a_graph_takes_other_policies_at_every_replay() -> None:
-    case = summarised("key_codes", (2, 4, 128, 16, 16))
-    policies = places(["mass"] * len(LENGTHS))
+    case = summarised("key_codes", LENGTHS, (2, 4, 128, 16, 16))
+    policies = places(["mass"] * len(LENGTHS), DEVICE)
     launch: dict[str, Any] = {"group_reduction": "mass", "page_summary": "key_codes", "policies": policies}
     rows, out = (case.block_table, case.seq_lens, ints([17] * len(LENGTHS))), torch.zeros_like(case.query)
     caches = (case.views.keys, case.views.values, case.views.summaries)
@@ -89,7 +74,7 @@ def test_a_graph_takes_other_policies_at_every_replay() -> None:
         decode()
     seen = []
     for names in (NAMES, NAMES[::-1], ["window"] * len(LENGTHS), ["mass"] * len(LENGTHS)):
-        policies.copy_(places(names))
+        policies.copy_(places(names, DEVICE))
         graph.replay()
         seen.append(out.clone())
         assert torch.equal(decode(), seen[-1])
@@ -99,4 +84,4 @@ def test_a_graph_takes_other_policies_at_every_replay() -> None:
 
 def test_policies_of_another_type_are_refused() -> None:
     with pytest.raises(ValueError, match=r"policies: expected contiguous torch\.int32, got torch\.int64"):
-        run(build([300]), [5], policies=places(["max"]).long())
+        run(build([300]), [5], policies=places(["max"], DEVICE).long())

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import build_tools, cuda, cuda_plan
 from tests.kernels.cuda_on_host import build, take_races
-from tests.kernels.test_cuda_decode_on_host import BOXES, CODES, make
+from tests.kernels.paged import places
+from tests.kernels.test_cuda_decode_on_host import BOXES, CODES, launch_in, make
 
 # rows without tokens, of one page, covered, a window, and three that choose, two of them by top_p
 LENGTHS = [0, 1, 100, 583, 1300, 1123, 700]
@@ -33,18 +33,10 @@ def races_of(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, warps: int, dim: int, group: int, policy: dict[str, Any]
 ) -> list[str]:
     """The races of a mixed batch, of long rows, and of rows whose scores are all equal, or all infinite."""
-
-    def launch(name: str, head_dim: int, params: Any, dtype: torch.dtype, warps: int = 8) -> None:
-        assert library.quest_decode_on_host(ctypes.byref(params), int(dtype == torch.bfloat16), 0) == 0
-
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda_plan, "resident_clusters", lambda *_: 10**6)
-    cuda_plan.plan.cache_clear()
-    names = (
-        NAMES if policy["group_reduction"] == "mass" else ["window" if name == "window" else "max" for name in NAMES]
-    )
-    places = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32)
-    mixed = {"policies": places, "top_p": torch.tensor(TOP_PS), "cluster_size": 3}
+    launch_in(lambda *_: library, monkeypatch)
+    scored = policy["group_reduction"]
+    names = [name if scored == "mass" or name == "window" else scored for name in NAMES]
+    mixed = {"policies": places(names), "top_p": torch.tensor(TOP_PS), "cluster_size": 3}
     most = 600 if dim == 64 else 40  # a list beyond shared memory, where attending to it takes less
     batches = [(LENGTHS, BUDGETS, mixed, 1.0), ([LONG], [most], {"cluster_size": 1}, 1.0)]
     alike = {"cluster_size": 2, "top_p": torch.tensor([0.7])}

@@ -9,9 +9,8 @@ import torch
 
 from quest_vllm.config import GROUP_REDUCTIONS
 from quest_vllm.ops import cuda, reference
-from tests.kernels.paged import PagedCase
-from tests.kernels.test_cuda_codes import encode
-from tests.kernels.test_cuda_ops import CLUSTERS, DEVICE, assert_near, build, ints, run, warp_counts
+from tests.kernels.test_cuda_codes import summarised
+from tests.kernels.test_cuda_ops import CLUSTERS, DEVICE, assert_near, attending, build, ints, run, warp_counts
 from tests.kernels.top_p import assert_same_choice
 
 pytestmark = [
@@ -80,16 +79,11 @@ def test_a_million_tokens() -> None:
         check(cuda.select_pages(*rows, cluster_size=cluster, **share), want, whole, scores.double() * 2, top_p)
 
 
-def summarised(page_summary: str, shape: tuple[int, ...]) -> PagedCase:
-    case = build(LENGTHS, shape)
-    return encode(case) if page_summary == "key_codes" else case
-
-
 @pytest.mark.parametrize("shape", [(2, 4, 128, 16, 16), (2, 2, 64, 16, 32), (1, 7, 64, 16, 16), (2, 1, 256, 16, 32)])
 @pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
 @pytest.mark.parametrize("page_summary", ["min_max", "key_codes"])
 def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], reduction: str, page_summary: str) -> None:
-    case = summarised(page_summary, shape)
+    case = summarised(page_summary, LENGTHS, shape)
     scale, top_p = case.query.shape[2] ** -0.5, floats(TOP_PS)
     scoring = {"group_reduction": reduction, "page_summary": page_summary}
     mass_scale = reference.mass_scale_of(reduction, scale, page_summary)
@@ -117,17 +111,12 @@ def test_the_fused_launch_is_its_stages(shape: tuple[int, ...], reduction: str, 
             check(got, want, whole, scores.double() * mass_scale, top_p)
             assert torch.equal(taken[1], chosen.sum(dim=-1, dtype=torch.int32)) and (taken[[0, 2]] == -1).all()
             assert (taken[1, 2:3] <= reference.num_pages(case.seq_lens, 16)[2]).all()
-
-            def attend(of: PagedCase, selected: torch.Tensor = got) -> torch.Tensor:
-                caches = (of.views.keys, of.views.values, of.block_table, of.seq_lens, selected)
-                return reference.sparse_paged_attention(of.query, *caches, page_size=16, scale=scale)
-
-            assert_near(out, case, attend)
+            assert_near(out, case, attending(got, scale))
 
 
 @pytest.mark.parametrize("page_summary", ["min_max", "key_codes"])
 def test_rows_that_do_not_adapt_and_their_neighbours(page_summary: str) -> None:
-    case = summarised(page_summary, (2, 4, 128, 16, 16))
+    case = summarised(page_summary, LENGTHS, (2, 4, 128, 16, 16))
     launch: dict[str, Any] = {"group_reduction": "mass", "page_summary": page_summary, "cluster_size": 4, "warps": 8}
     counts = torch.zeros(2, len(LENGTHS), 2, dtype=torch.int32, device=DEVICE)
     plain = run(case, BUDGETS, taken=counts[0], **launch)
@@ -146,7 +135,7 @@ def test_rows_that_do_not_adapt_and_their_neighbours(page_summary: str) -> None:
 
 
 def test_a_graph_takes_another_share_at_every_replay() -> None:
-    case = summarised("key_codes", (2, 4, 128, 16, 16))
+    case = summarised("key_codes", LENGTHS, (2, 4, 128, 16, 16))
     top_p, taken = floats([1.0] * len(LENGTHS)), torch.zeros(len(LENGTHS), 2, dtype=torch.int32, device=DEVICE)
     launch: dict[str, Any] = {"group_reduction": "mass", "page_summary": "key_codes", "top_p": top_p, "taken": taken}
     budgets, out = ints(BUDGETS), torch.zeros_like(case.query)

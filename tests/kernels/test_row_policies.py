@@ -9,18 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import cpu, reference
 from quest_vllm.ops.api import load_ops
-from tests.kernels.paged import PagedCase, make_case
+from tests.kernels.paged import PagedCase, make_case, places
 
 LENGTHS = [0, 1, 33, 100, 583, 1300, 2000, 16 * 70 + 3]
 NAMES = ["max", "mean", "mass", "window", "window", "max", "mean", "window"]
 SCORED = [row for row, name in enumerate(NAMES) if name != "window"]
-
-
-def places(names: list[str]) -> torch.Tensor:
-    return torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32)
 
 
 def window_of(length: int, budget: int, sink_pages: int, recent_pages: int, page_size: int = 16) -> list[int]:

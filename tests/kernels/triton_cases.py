@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from quest_vllm.config import POLICIES
 from quest_vllm.ops import reference
 from quest_vllm.ops import triton as ops
 from quest_vllm.page_layout import PageViews
-from tests.kernels.paged import PagedCase, make_case
+from tests.kernels.paged import PagedCase, make_case, places
 
 Operation = Callable[..., torch.Tensor]
 Shape = tuple[int, int, int, int, int]
@@ -284,7 +283,7 @@ def test_rows_with_a_reduction_of_their_own(device: torch.device, group: int) ->
     for row, page in ((0, 2), (2, 66), (3, 4)):
         case.views.summaries[case.block_table[row, page // 4].long(), 0, page % 4] = float("nan")
     names = ("max", "mean", "mean", "mass", "max")
-    policies = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32, device=device)
+    policies = places(names, device)
     want, got = (score(case, partial(of.score_pages, policies=policies), "mass") for of in (reference, ops))
     assert want[[0, 2, 3]].isnan().any(dim=-1).all()
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5, equal_nan=True)
@@ -316,7 +315,7 @@ def test_windows_beside_rows_that_choose(device: torch.device, sink: int, recent
     seq_lens = [0, 1, 16, 17, 160, 333, 640, 640]
     scores = torch.randn(8, 2, 40, generator=torch.Generator().manual_seed(sink)).to(device)
     names = ["window"] * 7 + ["max"]
-    policies = torch.tensor([POLICIES.index(name) for name in names], dtype=torch.int32, device=device)
+    policies = places(names, device)
     options: dict[str, Any] = {"sink_pages": sink, "recent_pages": recent, "policies": policies}
     for budgets in ([8] * 8, [0, 1, 2, 3, 4, 5, 40, 8], [1] * 8):
         same_selection(scores, seq_lens, budgets, **options)

@@ -36,6 +36,7 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document))
     monkeypatch.setattr(plot, "ROOT", tmp_path)
+    monkeypatch.setattr(plot.render_results, "ROOT", tmp_path)
     return plot
 
 
@@ -44,7 +45,7 @@ def cells_of(line: str) -> list[str]:
 
 
 def test_the_gap_table_says_what_was_measured_and_how_much_of_the_gap_is_closed(tables: Any) -> None:
-    lines = tables.swept_gap_table()
+    lines = tables.swept_table("gap", *tables.SWEPT["gap"])
     by_policy = {cells_of(line)[2]: cells_of(line) for line in lines[2:]}
     assert list(by_policy) == ["original", "key codes, mass", "oracle"]
     ours = by_policy["key codes, mass"]
@@ -62,12 +63,12 @@ def test_texts_and_questions_of_separate_runs_both_show(tables: Any) -> None:
         one.pop("gap_closed", None)
         one["values"] = {"needle_nll": [0.1]}
     path.write_text(json.dumps(document))
-    measured = {cells_of(line)[0].split(", ")[-1] for line in tables.swept_gap_table()[2:]}
+    measured = {cells_of(line)[0].split(", ")[-1] for line in tables.swept_table("gap", *tables.SWEPT["gap"])[2:]}
     assert measured == {"2 texts", "1 questions"}
 
 
 def test_the_long_table_is_paired_with_dense(tables: Any) -> None:
-    by_policy = {cells_of(line)[2]: cells_of(line) for line in tables.swept_long_table()[2:]}
+    by_policy = {cells_of(line)[2]: cells_of(line) for line in tables.swept_table("long", *tables.SWEPT["long"])[2:]}
     assert by_policy["key codes, mass"][4] == "0.100 (0.100 to 0.100)"
     assert by_policy["oracle"][4] == "0.000 (0.000 to 0.000)"
     assert by_policy["original"][4] == "0.600 (0.500 to 0.700)"
