@@ -5,9 +5,10 @@
 For each context: one decode step's attention of one layer, over a packed cache of random contents and shuffled blocks:
 dense (``cpu_attention_with_kv_cache``; scheduler metadata made outside the clock, as a server makes it once a step for
 all layers), and sparse (score_pages + select_pages + sparse_paged_attention; each also on its own; ``_codes``: with key
-codes for page summaries). Where the budget covers the context a server takes the dense path, so both columns time the
-same call. `prefill` compares the summary update with the dense attention alone of a prompt, which overstates the
-update's share: a real prefill has its matrix products as well.
+codes for page summaries; ``_two_stage``: so, and with the policy of that name, which adds ``shortlist``, ``rerank``).
+Where the budget covers the context a server takes the dense path, so both columns time the same call. `prefill`
+compares the summary update with the dense attention alone of a prompt, which overstates the update's share: a real
+prefill has its matrix products as well.
 
 Caches larger than the last-level cache are what a server meets; ``--copies`` makes the step walk through that many
 distinct caches, as layers would.
@@ -29,7 +30,9 @@ from typing import Any
 import torch
 from provenance import commit, cpu_model, save
 
+from quest_vllm.config import POLICIES, TWO_STAGE
 from quest_vllm.ops import cpu, key_codes
+from quest_vllm.ops.api import load_ops
 
 Step = Callable[[], Any]
 
@@ -146,6 +149,31 @@ def dense_step(shape: Shape, cache: Cache, query: torch.Tensor, query_lens: list
     return step
 
 
+def two_stage_steps(
+    shape: Shape, cache: Cache, query: torch.Tensor, seq_lens: torch.Tensor, codes: torch.Tensor
+) -> dict[str, Step]:
+    """A whole step of rows with the policy "two_stage", by key codes, and what it does beside other policies."""
+    page_budget = -(-shape.budget // shape.page_size)
+    budgets, sums = torch.full((shape.num_reqs,), page_budget, dtype=torch.int32), torch.empty(query.shape[:2])
+    sizes: dict[str, Any] = {"page_size": shape.page_size, "scale": shape.scale}
+    options = sizes | {"group_reduction": "mass", "page_summary": "key_codes"}
+    options["policies"] = torch.full_like(budgets, POLICIES.index(TWO_STAGE))
+    tables, packed = (cache.block_table, seq_lens), {"kv_format": shape.kv_format}
+    scores = cpu.score_pages(query, codes, *tables, log_sums=sums, **options)
+    chosen = {"page_size": shape.page_size, "max_page_budget": page_budget, "policies": options["policies"]}
+
+    def shortlist() -> torch.Tensor:
+        return cpu.shortlist_pages(scores, seq_lens, budgets, **chosen)
+
+    listed = shortlist()
+    decode = load_ops("cpu", "cpu", shape.kv_format).quest_decode
+    return {
+        "sparse_two_stage": lambda: decode(query, cache.keys, cache.values, codes, *tables, budgets, **options),
+        "shortlist": shortlist,
+        "rerank": lambda: cpu.rerank_pages(scores, sums, listed, query, cache.keys, *tables, **sizes, **packed),
+    }
+
+
 def sparse_steps(shape: Shape, cache: Cache, query: torch.Tensor, seq_lens: torch.Tensor) -> dict[str, Step]:
     page_budget = -(-shape.budget // shape.page_size)
     budgets = torch.full((shape.num_reqs,), page_budget, dtype=torch.int32)
@@ -187,6 +215,7 @@ def sparse_steps(shape: Shape, cache: Cache, query: torch.Tensor, seq_lens: torc
         def score_codes() -> torch.Tensor:
             return cpu.score_pages(query, codes, cache.block_table, seq_lens, page_size=shape.page_size, **coded)
 
+        steps |= two_stage_steps(shape, cache, query, seq_lens, codes)
         steps["sparse_codes"] = lambda: attend(select(score_codes()))
         steps["score_codes"] = score_codes
         steps["update_codes"] = lambda: cpu.update_page_summaries(
@@ -240,7 +269,8 @@ def bench_decode(shape: Shape, context: int, copies: int, repeats: int) -> dict[
         "steps": {name: microseconds(values) for name, values in seconds.items()},
     }
     if "sparse_codes" in seconds:
-        row["speedup_codes"] = statistics.median(seconds["dense"]) / statistics.median(seconds["sparse_codes"])
+        for kind in ("codes", "two_stage"):
+            row[f"speedup_{kind}"] = statistics.median(seconds["dense"]) / statistics.median(seconds[f"sparse_{kind}"])
     return row
 
 

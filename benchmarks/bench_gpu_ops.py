@@ -24,7 +24,7 @@ import torch
 from provenance import commit, save
 
 from quest_vllm import compat
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import POLICIES, TWO_STAGE, QuestConfig
 from quest_vllm.ops import cuda, cuda_plan, triton
 from quest_vllm.page_layout import PageViews, split_chunks
 
@@ -162,7 +162,7 @@ def ratio(of: dict[str, float], to: dict[str, float]) -> dict[str, float]:
 
 
 def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[str, Any]:
-    """Time one shape, with the original Quest's scores, with the default boxes', and by key codes."""
+    """Time one shape, with the original Quest's scores, with the default boxes', by key codes, and in two stages."""
     bytes_read = batch * KV_HEADS * 2 * DIM * 2 * (context // PAGE + budget)
     layers = Layers(batch, context, bytes_read)
     budgets = layers.ints([budget // PAGE] * batch)
@@ -179,6 +179,9 @@ def run_case(batch: int, context: int, budget: int, bandwidth: float) -> dict[st
     case["stages"] = layers.stage_shares(budgets)
     layers.encode()
     case["cuda_key_codes"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **KEY_CODES))
+    twice = KEY_CODES | {"policies": layers.ints([POLICIES.index(TWO_STAGE)] * batch)}
+    case["cuda_two_stage"] = layers.time(lambda views: layers.quest(views, cuda, budgets, **twice))
+    case["two_stage_over_box"] = ratio(case["cuda_two_stage"], case["cuda_served_policy"])
     case["triton_key_codes"] = layers.time(lambda views: layers.quest(views, triton, budgets, **KEY_CODES))
     case["key_codes_stages"] = layers.stage_shares(budgets, **KEY_CODES)
     return case

@@ -59,6 +59,7 @@ SCALARS: list[Any] = [
         "512",
         "x",
         "window",
+        "two_stage",
         "\x00",
         "\ud800",
     ),

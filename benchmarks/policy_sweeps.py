@@ -87,6 +87,11 @@ def codes(ops: Ops, reduction: str, page_size: int = 16) -> Candidate:
     return Candidate(f"key codes, {reduction}", KeyCodesPolicy(ops, reduction), page_size=page_size)
 
 
+def two_stage(ops: Ops, page_size: int = 16) -> Candidate:
+    """What a request with the policy "two_stage" is served with."""
+    return Candidate("two-stage", TwoStagePolicy(KeyCodesPolicy(ops, "mass")), page_size=page_size)
+
+
 def bound(ops: Ops, reduction: str, radius: float, sink: int = 1, recent: int = 2, page_size: int = 16) -> Candidate:
     """A policy from summaries alone, named by its settings."""
     name = f"{reduction} radius {radius:g}, {sink} sink {recent} recent"
@@ -113,13 +118,15 @@ def selector_sweep(ops: Ops, page_size: int) -> list[Candidate]:
     """From the original to the oracle."""
     first = box(ops, page_size).policy
     assert isinstance(first, BoundPolicy)
+    joined = BoundPolicy(ops, "mass", first.bound_radius)
+    twice = [(f"two-stage {n}x", TwoStagePolicy(joined, n, certain=0)) for n in (2, 4)]
     return [
         original(ops, page_size),
         bound(ops, "max", 1.0, page_size=page_size),
         box(ops, page_size),
         bound(ops, "mass", 0.25, page_size=page_size),
         bound(ops, "per_query_head", first.bound_radius, page_size=page_size),
-        *(Candidate(f"two-stage {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
+        *(Candidate(name, policy, page_size=page_size) for name, policy in twice),
         Candidate("oracle", OraclePolicy(ops), page_size=page_size),
     ]
 
@@ -179,8 +186,10 @@ def top_p_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def top_p_codes_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """:func:`top_p_sweep` with what is served by default."""
+    """:func:`top_p_sweep` with what is served by default, and with its two stages."""
+    first = KeyCodesPolicy(ops, "mass")
     shares = [(f"top_p {p:g}", Counted(KeyCodesPolicy(ops, "mass", top_p=p)), None) for p in (1.0, 0.98, 0.95, 0.9)]
+    shares += [(f"two-stage, top_p {p:g}", Counted(TwoStagePolicy(first, top_p=p)), None) for p in (0.98, 0.95, 0.9)]
     fixed = [(f"budget {tokens}", Counted(KeyCodesPolicy(ops, "mass")), tokens) for tokens in (512, 384, 256)]
     return counted(QuestConfig(page_size=page_size), (*shares, *fixed))
 
@@ -224,17 +233,18 @@ def characterise_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def gap_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """What is served, and two stages on it: with the same pages in the end, and at the same bytes."""
-    served = codes(ops, "mass", page_size)
-    first = served.policy
-    assert isinstance(first, KeyCodesPolicy)
+    """What is served: by default, in two stages with the same pages in the end, and so at the default's bytes."""
+    served, twice = codes(ops, "mass", page_size), two_stage(ops, page_size)
     return [
         original(ops, page_size),
         box(ops, page_size),
         served,
-        *(Candidate(f"two-stage on codes {n}x", TwoStagePolicy(first, n), page_size=page_size) for n in (2, 4)),
-        # the keys of twice as many pages are as many bytes as the keys and values of those pages
-        Candidate("two-stage on codes 2x, half the pages", TwoStagePolicy(first, 2), page_size=page_size, share=0.5),
+        twice,
+        replace(
+            twice, name="two-stage, all keys of 4x", policy=TwoStagePolicy(KeyCodesPolicy(ops, "mass"), 4, certain=0)
+        ),
+        # keys of as many pages are half as many bytes as the keys and values of those pages
+        replace(twice, name="two-stage, two thirds of the pages", share=2 / 3),
         Candidate("oracle", OraclePolicy(ops), page_size=page_size),
     ]
 
@@ -252,9 +262,11 @@ def pool_sweep(ops: Ops, page_size: int) -> list[Candidate]:
 
 
 def long_sweep(ops: Ops, page_size: int) -> list[Candidate]:
-    """What is served, between the original and the oracle."""
+    """What is served by default and by request, between the original and the oracle."""
     oracle = Candidate("oracle", OraclePolicy(ops), page_size=page_size)
-    return [original(ops, page_size), box(ops, page_size), codes(ops, "mass", page_size), oracle]
+    served = codes(ops, "mass", page_size)
+    others = [original(ops, page_size), box(ops, page_size), codes(ops, "max", page_size), two_stage(ops, page_size)]
+    return [served, *others, oracle]
 
 
 def layer_sweep(ops: Ops, page_size: int) -> list[Candidate]:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from quest_vllm.ops import key_codes, torch_ops
-from quest_vllm.ops.api import Ops, compose
-from quest_vllm.ops.reference import check_page_summary, group_mass, num_pages, split_query
+from quest_vllm.ops.api import Ops, compose, in_two_stages
+from quest_vllm.ops.reference import check_page_summary, group_mass, log_sum, num_pages, split_query
 
 JOINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "max": lambda bound: bound.amax(dim=2),
@@ -35,6 +35,8 @@ def score_pages(
     bound_radius: float = 1.0,
     scale: float = 1.0,
     page_summary: str = "min_max",
+    policies: None = None,
+    log_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the reference. Rows of a prefix must share every block but their last, and have at least a token in it."""
     num_reqs, _, head_dim = query.shape
@@ -60,6 +62,8 @@ def score_pages(
     valid = torch.arange(bound.shape[-1], device=query.device) < num_pages(seq_lens, page_size)[:, None]
     if group_reduction == "mass":
         bound = bound.masked_fill(~valid[:, None, None], float("-inf"))
+        if log_sums is not None:
+            log_sums.copy_(log_sum(bound).flatten(1))
     return JOINS[group_reduction](bound).masked_fill(~valid[:, None], float("-inf"))
 
 
@@ -105,5 +109,6 @@ def _boxed(query: torch.Tensor, summaries: torch.Tensor, bound_radius: float) ->
 
 def shared_prefix_ops() -> Ops:
     """These scores with the plain PyTorch path's other operations."""
-    stages = (score_pages, torch_ops.select_pages, torch_ops.sparse_paged_attention)
-    return Ops("shared_prefix", torch_ops.update_page_summaries, *stages, compose(*stages))
+    select, attend = torch_ops.select_pages, torch_ops.sparse_paged_attention
+    fused = compose(score_pages, in_two_stages(select, torch_ops.shortlist_pages, torch_ops.rerank_pages), attend)
+    return Ops("shared_prefix", torch_ops.update_page_summaries, score_pages, select, attend, fused)

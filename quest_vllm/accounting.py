@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quest_vllm.layer_budgets import LayerBudgets
-from quest_vllm.metadata import IntArray, RowClasses, measure_traffic
+from quest_vllm.metadata import IntArray, RowClasses, measure_traffic, pages_listed
 from quest_vllm.metrics import get_worker_metrics
 from quest_vllm.tally import get_tally_writer
 from quest_vllm.token_rows import StepRows
@@ -41,6 +41,10 @@ class LayerGroup:
         """``[num_rows]`` where all layers have the rows' own page budgets; by layer: ``[num_layers, num_rows]``."""
         return self.budgets.rows(rows.page_budgets, rows.num_pages) if self.budgets else rows.page_budgets
 
+    def layer_pages(self, rows: RowClasses) -> IntArray:
+        """``[num_layers, num_rows]`` page budgets, whether layers differ or not."""
+        return np.broadcast_to(self.page_budgets(rows), (self.num_sparse_layers, len(rows.page_budgets)))
+
 
 def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budgets: IntArray) -> None:
     """Add one step to this worker's metrics. A row is counted by the first rank alone, bytes by every rank.
@@ -54,8 +58,7 @@ def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budge
             metrics.rows(path, reason, count)
         for budget, count in zip(*np.unique(token_budgets[rows.sparse], return_counts=True), strict=True):
             metrics.budget(int(budget), int(count))
-    layers = group.num_sparse_layers
-    layer_pages = np.broadcast_to(group.page_budgets(rows), (layers, len(rows.page_budgets)))
+    layers, layer_pages = group.num_sparse_layers, group.layer_pages(rows)
     traffic = measure_traffic(rows, step.seq_lens, group.page_size, step.requests, layer_pages)
     if group.counts_rows and traffic.tokens_available:
         metrics.tokens(traffic.tokens_attended / layers, traffic.tokens_available / layers)
@@ -64,7 +67,7 @@ def record_step(group: LayerGroup, rows: RowClasses, step: StepRows, token_budge
         heads = group.num_select_heads
         metrics.pages(traffic.pages_selected * heads, traffic.pages_available * heads)
     if traffic.vectors_dense:
-        metrics.kv_bytes(traffic.vectors_read * byte_scale, traffic.vectors_dense * byte_scale)
+        metrics.kv_bytes(int(traffic.vectors_read * byte_scale), traffic.vectors_dense * byte_scale)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class AdaptiveRows:
     """The rows of a step that adapt their budget: their places among the sparse rows, and what a layer's count needs.
 
     All arrays are ``[num_adaptive]`` and on the host. ``tallies``: the number under which usage is kept; 0: none.
+    ``keys``: how many keys each read to choose, the mean over the group's layers; 0 but for two-stage rows.
     """
 
     group: LayerGroup
@@ -79,6 +83,7 @@ class AdaptiveRows:
     seq_lens: IntArray
     num_pages: IntArray
     tallies: IntArray
+    keys: npt.NDArray[np.float64]
 
 
 def adaptive_rows(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, tallies: IntArray) -> AdaptiveRows | None:
@@ -87,7 +92,12 @@ def adaptive_rows(group: LayerGroup, rows: RowClasses, seq_lens: IntArray, talli
         return None
     chosen = np.flatnonzero(rows.adaptive)
     places = np.flatnonzero(rows.adaptive[rows.sparse])
-    return AdaptiveRows(group, places, seq_lens[chosen], rows.num_pages[chosen], tallies[chosen])
+    lengths, pages = seq_lens[chosen], rows.num_pages[chosen]
+    keys, listing = np.zeros(len(chosen)), rows.two_stage[chosen]
+    if listing.any():
+        by_layer = pages_listed(group.layer_pages(rows)[:, chosen], pages, rows.forced)
+        keys = np.where(listing, by_layer.mean(axis=0) * group.page_size, 0.0)
+    return AdaptiveRows(group, places, lengths, pages, tallies[chosen], keys)
 
 
 def record_reached(rows: AdaptiveRows, pages_taken: IntArray) -> None:
@@ -101,8 +111,8 @@ def record_reached(rows: AdaptiveRows, pages_taken: IntArray) -> None:
     own_tokens, own_pages = tokens.mean(axis=2).sum(axis=0), pages_taken.mean(axis=2).sum(axis=0)
     byte_scale = group.num_kv_heads * group.vector_bytes
     metrics.pages(int(pages_taken.sum()), int(available.sum()) * heads * layers)
-    read = own_tokens.sum() + available.sum() * layers
-    metrics.kv_bytes(int(read * byte_scale), int(lengths.sum()) * layers * byte_scale)
+    read = own_tokens.sum() + (available.sum() + rows.keys.sum() / 2) * layers
+    metrics.kv_bytes(round(read * byte_scale), int(lengths.sum()) * layers * byte_scale)
     metrics.reached(tokens)
     if group.counts_rows:
         share = layers / group.num_sparse_layers

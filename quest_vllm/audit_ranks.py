@@ -79,7 +79,7 @@ def record_selections(worker: Any) -> None:
         ops = impl._layer_ops(layer) if on_cpu else impl._ops
         _recorders[name] = recorder, ops
         if on_cpu:
-            impl._ops = dataclasses.replace(ops, select_pages=_recording_select(ops, recorder))
+            impl._ops = dataclasses.replace(ops, choose_pages=_recording_choice(ops, recorder))
         else:
             impl._ops = dataclasses.replace(ops, quest_decode=_recording_decode(ops, recorder))
 
@@ -100,15 +100,18 @@ def recorded_selections(worker: Any) -> RankSelections:
     return found
 
 
-def _recording_select(ops: Ops, recorder: _Recorder) -> Callable[..., torch.Tensor]:
-    """``select_pages`` of the CPU backend, which calls it with the sparse rows alone."""
+def _recording_choice(ops: Ops, recorder: _Recorder) -> Callable[..., torch.Tensor]:
+    """``choose_pages`` of the CPU backend, which calls it with the sparse rows alone."""
+    choose_pages = ops.choose_pages
+    assert choose_pages is not None  # all implementations for the CPU have it
 
-    def select(scores: torch.Tensor, seq_lens: torch.Tensor, budgets: torch.Tensor, **options: Any) -> torch.Tensor:
-        selected = ops.select_pages(scores, seq_lens, budgets, **options)
+    def choose(*tensors: Any, **options: Any) -> torch.Tensor:
+        seq_lens, budgets = tensors[5], tensors[6]
+        selected = choose_pages(*tensors, **options)
         recorder.add(seq_lens.tolist(), budgets.tolist(), _without_padding(selected))
         return selected
 
-    return select
+    return choose
 
 
 def _recording_decode(ops: Ops, recorder: _Recorder) -> Callable[..., torch.Tensor]:

@@ -24,7 +24,7 @@ from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
 from quest_vllm.layers import counts_rows, is_sparse_layer, refuse_layer_features, sparse_layers, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
-from quest_vllm.ops.api import Ops, load_ops
+from quest_vllm.ops.api import Ops, load_ops, needs_log_sums
 from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import BoundViews, PageViews
@@ -251,8 +251,10 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
 
     def _attend_sparse(self, layer: Any, query: torch.Tensor, views: PageViews, rows: SparseRows) -> torch.Tensor:
         ops, config, metrics = self._layer_ops(layer), self.config, get_worker_metrics()
+        assert ops.choose_pages is not None  # all implementations for the CPU have it
         index = compat.layer_index(layer.layer_name)
         start = time.perf_counter()
+        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(rows.policies) else None
         scores = ops.score_pages(
             query,
             views.summaries,
@@ -264,16 +266,23 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
             scale=self.scale,
             page_summary=config.page_summary,
             policies=rows.policies,
+            log_sums=log_sums,
         )
         scored = time.perf_counter()
-        selected = ops.select_pages(
+        selected = ops.choose_pages(
             scores,
+            log_sums,
+            query,
+            views.keys,
+            rows.block_table,
             rows.seq_lens,
             rows.page_budgets_of(index),
             page_size=config.page_size,
+            max_page_budget=rows.max_page_budget,
+            scale=self.scale,
+            softcap=self.logits_soft_cap,
             sink_pages=config.sink_pages,
             recent_pages=config.recent_pages,
-            max_page_budget=rows.max_page_budget,
             top_p=rows.top_p,
             mass_scale=mass_scale_of(config.group_reduction, self.scale, config.page_summary),
             policies=rows.policies,

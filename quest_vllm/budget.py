@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quest_vllm.config import MASS_POLICIES, MAX_TOKEN_BUDGET, POLICIES, WINDOW, QuestConfig, load_config
+from quest_vllm.config import MASS_POLICIES, MAX_TOKEN_BUDGET, POLICIES, TWO_STAGE, WINDOW, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
 
 logger = logging.getLogger("vllm.quest_vllm")
@@ -74,12 +74,15 @@ def parse_policy(value: object, *, config: QuestConfig, field: str = POLICY_XARG
 
     Anything but one of ``config.policies`` raises :class:`QuestValueError` naming ``field``, those and the value.
     """
-    own, legal = config.group_reduction, config.policies
+    legal = config.policies
     if value is ABSENT:
-        return own
+        return config.own_policy
     if isinstance(value, str) and value in legal:
         return value
-    why = f" (this server has group_reduction {own}; others need mass)" if value in MASS_POLICIES else ""
+    own, has = config.group_reduction, f"this server has group_reduction {config.group_reduction}"
+    why = f" ({has}; others need mass)" if value in MASS_POLICIES else ""
+    if value == TWO_STAGE and own == "mass":
+        why = f" (this server has page_summary {config.page_summary}; that policy needs key_codes)"
     raise QuestValueError(f"{field}: expected one of {', '.join(map(repr, legal))}, got {shown(value)}{why}")
 
 
@@ -127,8 +130,8 @@ def clamp_policy(value: object, *, config: QuestConfig) -> int:
     try:
         return POLICIES.index(parse_policy(value, config=config))
     except QuestValueError as error:
-        logger.warning("quest_vllm: %s; the request is served with %r", error, config.group_reduction)
-        return POLICIES.index(config.group_reduction)
+        logger.warning("quest_vllm: %s; the request is served with %r", error, config.own_policy)
+        return POLICIES.index(config.own_policy)
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class BudgetLimits:
 
     def parse_policy(self, value: object, field: str = POLICY_XARG) -> str:
         """:func:`parse_policy`, then what the server allows."""
-        own = self.config.group_reduction
+        own = self.config.own_policy
         policy = parse_policy(value, config=self.config, field=field)
         if policy != own and not self.config.allow_override:
             raise QuestValueError(

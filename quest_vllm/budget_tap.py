@@ -76,9 +76,9 @@ class QuestBudgetTap(V1LogitsProcessor, V2LogitsProcessor):
         if budget is not ABSENT:
             limits.parse(budget)
         top_p, policy = requested(sampling_params, TOP_P_XARG), requested(sampling_params, POLICY_XARG)
-        checked = limits.parse_policy(policy) if policy is not ABSENT else ""
+        in_force = limits.parse_policy(policy)
         if top_p is not ABSENT:
-            check_together(checked, limits.parse_top_p(top_p))
+            check_together(in_force, limits.parse_top_p(top_p))
 
     def is_argmax_invariant(self) -> bool:
         """True: V1 then skips :meth:`apply` for greedy batches."""

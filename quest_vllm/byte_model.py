@@ -1,15 +1,17 @@
 """What a decode step reads, in bytes, and the speed-up that follows where memory is the limit.
 
 Per KV head, with context L, budget B, page size P and D elements of e bytes a vector: dense 2LDe; Quest (2L/P)De for
-the summaries plus 2BDe for the pages. An upper limit on what kernels can reach, not a forecast. Knows nothing of vLLM.
+the summaries plus 2BDe for the pages; a window no summaries, and two stages about BDe more for keys to choose by. An
+upper limit on what kernels can reach, not a forecast. Knows nothing of vLLM.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
-from quest_vllm.config import QuestConfig
-from quest_vllm.layer_shares import mean_pages
+from quest_vllm.config import TWO_STAGE, WINDOW, QuestConfig
+from quest_vllm.layer_shares import layer_pages
 
 GPU_BANDWIDTHS = {
     "A100-40GB": 1555.0,
@@ -82,7 +84,8 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
     """K+V pairs that one request reads per KV head of a sparse layer; a page summary is as large as one pair.
 
     ``token_budget`` 0 is dense, and so is one that covers ``context``. ``group_size`` is query heads per KV head: with
-    ``group_reduction`` per_query_head each selects pages of its own. With ``layer_shares``: the mean over layers.
+    ``group_reduction`` per_query_head each selects pages of its own. With ``layer_shares``: the mean over layers. The
+    policy is the server's own.
     """
     num_pages = -(-context // config.page_size)
     page_budget = -(-token_budget // config.page_size)
@@ -90,8 +93,19 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
         return Traffic(context, context)
     missing = num_pages * config.page_size - context  # of the newest page, which is always selected
     selections = group_size if config.group_reduction == "per_query_head" else 1
-    pages = mean_pages(config, page_budget, num_pages)
-    return Traffic(context, num_pages + round(selections * (pages * config.page_size - missing)))
+    pages = layer_pages(config, page_budget, num_pages)
+    attended = selections * (statistics.fmean(pages) * config.page_size - missing)
+    choosing: float = 0 if config.own_policy == WINDOW else num_pages
+    if config.own_policy == TWO_STAGE:
+        forced = config.sink_pages + config.recent_pages
+        listed = statistics.fmean(_pages_listed(own, num_pages, forced) for own in pages)
+        choosing += listed * config.page_size / 2  # keys alone
+    return Traffic(context, round(choosing + attended))
+
+
+def _pages_listed(take: int, num_pages: int, forced: int) -> int:
+    """:func:`quest_vllm.metadata.pages_listed` of one row."""
+    return min(take + (take + 1) // 2, num_pages) - max(take // 2, forced) if take > forced else 0
 
 
 def estimate(

@@ -90,8 +90,8 @@ def build_report(arguments: argparse.Namespace) -> dict[str, Any]:
     except (QuestError, ValueError) as error:
         return _stopped(report, error)
     model = read_config(arguments.model) if arguments.model else None
-    config, summary = _without_auto(config, model, device)
     try:
+        config, summary = _without_auto(config, model, device)
         report["chosen"] = _chosen(config, device) | summary
     except (QuestError, ValueError) as error:
         return _stopped(report, error)
@@ -129,7 +129,7 @@ def _without_auto(config: QuestConfig, model: Any | None, device: str) -> tuple[
         heads = Heads(head_dim(model), model.num_attention_heads // kv_heads, str(served_dtype(model)))
     why = why_boxes(config, heads, device)
     chosen = config.resolved(why)
-    said = {"page_summary": chosen.page_summary, "group_reduction": chosen.group_reduction}
+    said = {"page_summary": chosen.page_summary, "group_reduction": chosen.group_reduction, "policy": chosen.policy}
     if config.page_summary == AUTO:
         unsure = "" if model is not None or why else "; --model tells whether a model has anything against it"
         said["page_summary_auto"] = f"{chosen.page_summary}: {why or 'nothing is against key codes'}{unsure}"

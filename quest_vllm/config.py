@@ -20,11 +20,11 @@ from quest_vllm.model_settings import ENV_MODELS_DIR, find_settings
 
 PAGE_SIZES = (16, 32, 64)
 GROUP_REDUCTIONS = ("max", "mean", "mass", "per_query_head")
-WINDOW = "window"
-POLICIES = (*GROUP_REDUCTIONS, WINDOW)  # of a request; a kernel knows one by its place here
-MASS_POLICIES = ("mass", "max", "mean", WINDOW)  # where the server's own is mass
+WINDOW, TWO_STAGE = "window", "two_stage"
+POLICIES = (*GROUP_REDUCTIONS, WINDOW, TWO_STAGE)  # of a request; a kernel knows one by its place here
+MASS_POLICIES = ("mass", "max", "mean", TWO_STAGE, WINDOW)  # where the server's own is mass, by key codes
 PAGE_SUMMARIES = ("min_max", "key_codes")
-AUTO = "auto"  # of page_summary and group_reduction: see QuestConfig.resolved
+AUTO = "auto"  # of page_summary, group_reduction and policy: see QuestConfig.resolved
 KEY_CODE_PAGE_SIZE, KEY_CODE_CHANNELS = 16, 64  # the page size of key codes, and what divides their head_dim
 BOUND_RADIUS = 0.5
 IMPLEMENTATIONS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
@@ -45,8 +45,8 @@ class QuestConfig:
     :func:`quest_vllm.ops.reference.select_pages`. ``metrics_dir`` None means one per server.
     Five concern HTTP requests alone: smallest and largest budget (tokens) that they may name, whether they may name one
     at all, the budgets behind model names like ``MODEL:fast``, and the largest body in bytes. ``audit_steps`` 0 means
-    no audit while serving; ``page`` lets requests of the page at /quest be traced. ``page_summary`` and
-    ``group_reduction`` may be "auto", which :meth:`resolved` replaces once the model is known.
+    no audit while serving; ``page`` lets requests of the page at /quest be traced. ``page_summary``,
+    ``group_reduction`` and ``policy`` may be "auto", which :meth:`resolved` replaces once the model is known.
     """
 
     token_budget: int = 2048
@@ -57,6 +57,7 @@ class QuestConfig:
     dense_layers: tuple[int, ...] = ()
     layer_shares: tuple[tuple[int, float], ...] = ()
     group_reduction: str = AUTO
+    policy: str = AUTO
     bound_radius: float = BOUND_RADIUS
     page_summary: str = AUTO
     implementation: str = "auto"
@@ -81,7 +82,18 @@ class QuestConfig:
             )
         if self.page_summary == "key_codes" and self.page_size != KEY_CODE_PAGE_SIZE:
             raise _bad_value("page_size", f"{KEY_CODE_PAGE_SIZE} with page_summary key_codes", self.page_size)
+        self._check_policy()
         self._check_limits()
+
+    def _check_policy(self) -> None:
+        """The default must be a policy that a request may name; not known while ``group_reduction`` is "auto"."""
+        reduction = self.group_reduction
+        legal = _policies_beside(reduction, self.page_summary)
+        if AUTO not in (reduction, self.policy) and self.policy not in legal:
+            lacking = "page_summary to key_codes" if reduction == "mass" else "group_reduction to mass"
+            hint = f"; set {lacking} for others" if self.policy in MASS_POLICIES else ""
+            expected = f"one of {', '.join((AUTO, *legal))} with group_reduction {reduction}"
+            raise QuestConfigError(f"policy: expected {expected}, got {self.policy!r}{hint}")
 
     def _check_limits(self) -> None:
         """The default and every alias must be budgets that a request may name."""
@@ -105,14 +117,16 @@ class QuestConfig:
     def resolved(self, why_boxes: str | None = None) -> QuestConfig:
         """The same without "auto": key codes unless ``why_boxes`` (or :meth:`why_boxes`) has something against them.
 
-        The heads of a group are joined by "mass" with key codes, by "max" with minima and maxima.
+        The heads of a group are joined by "mass" with key codes, by "max" with minima and maxima; ``policy`` auto is
+        just that. Raises :class:`QuestConfigError` for a ``policy`` that is not among :attr:`policies` then.
         """
         summary, reduction = self.page_summary, self.group_reduction
         if summary == AUTO:
             summary = "min_max" if why_boxes or self.why_boxes() else "key_codes"
         if reduction == AUTO:
             reduction = "mass" if summary == "key_codes" else "max"
-        return replace(self, page_summary=summary, group_reduction=reduction)
+        policy = reduction if self.policy == AUTO else self.policy
+        return replace(self, page_summary=summary, group_reduction=reduction, policy=policy)
 
     def why_boxes(self, head_dim: int | None = None) -> str | None:
         """Why ``page_summary`` auto means min_max, in words; None where it means key_codes.
@@ -126,18 +140,30 @@ class QuestConfig:
         return None
 
     @property
-    def policies(self) -> tuple[str, ...]:
-        """What a request may name as its policy, the server's own first.
+    def own_policy(self) -> str:
+        """The policy of requests that name none."""
+        return self.group_reduction if self.policy == AUTO else self.policy
 
-        Every head's scores are at hand, to be joined otherwise, where the server joins them by their masses.
-        """
-        own = self.group_reduction
-        return MASS_POLICIES if own == "mass" else (own, WINDOW)
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What a request may name as its policy, the server's own first."""
+        return tuple(dict.fromkeys((self.own_policy, *_policies_beside(self.group_reduction, self.page_summary))))
 
     @property
     def min_token_budget(self) -> int:
         """The smallest legal budget other than 0: the forced pages, in tokens."""
         return (self.sink_pages + self.recent_pages) * self.page_size
+
+
+def _policies_beside(group_reduction: str, page_summary: str) -> tuple[str, ...]:
+    """The legal policies where the server joins heads so, and has such summaries.
+
+    Every head's scores are at hand, to be joined otherwise, where it joins them by their masses. Masses that keys hold
+    can be compared with those that key codes promise, not with a box's, which are greater.
+    """
+    if group_reduction != "mass":
+        return group_reduction, WINDOW
+    return tuple(name for name in MASS_POLICIES if name != TWO_STAGE or page_summary != "min_max")
 
 
 def why_no_codes(page_size: int, head_dim: int | None) -> str | None:
@@ -409,6 +435,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dense_layers": _check_layers,
     "layer_shares": _layer_shares,
     "group_reduction": _one_of((AUTO, *GROUP_REDUCTIONS)),
+    "policy": _one_of((AUTO, *POLICIES)),
     "bound_radius": _number_between(0, 1),
     "page_summary": _one_of((AUTO, *PAGE_SUMMARIES)),
     "implementation": _one_of(IMPLEMENTATIONS),

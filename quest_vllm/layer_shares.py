@@ -33,13 +33,13 @@ def shares_in_force(config: QuestConfig) -> dict[int, float]:
     return {layer: share for layer, share in config.layer_shares if layer not in config.dense_layers}
 
 
-def mean_pages(config: QuestConfig, page_budget: int, num_pages: int) -> float:
-    """Pages that a sparse layer reads, the mean over layers, of a row with ``page_budget`` below its ``num_pages``."""
+def layer_pages(config: QuestConfig, page_budget: int, num_pages: int) -> list[int]:
+    """Pages that each sparse layer takes of a row with ``page_budget`` below ``num_pages``; all alike: one entry."""
     shares = shares_in_force(config)
     if not shares:
-        return page_budget
+        return [page_budget]
     pages = spread(list(shares.values()), page_budget, config.sink_pages + config.recent_pages)
-    return sum(min(own, num_pages) for own in pages) / len(pages)
+    return [min(own, num_pages) for own in pages]
 
 
 def misplaced_shares(config: QuestConfig, sparse: set[int], windowed: set[int], num_layers: int) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quest_vllm.config import POLICIES, WINDOW, QuestConfig
+from quest_vllm.config import POLICIES, TWO_STAGE, WINDOW, QuestConfig
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -26,7 +26,8 @@ class RowClasses:
     ``page_budgets`` and ``num_pages`` are ``[num_rows]``; a sparse row's page budget is below its number of pages, an
     adaptive one's at most that. The masks are ``[num_rows]`` bool. ``adaptive`` are sparse rows with a top_p below 1:
     what they read is known once their pages are chosen. ``windows`` are sparse rows with the policy "window": they read
-    no page summary.
+    no page summary. ``two_stage`` are those with that policy: they read the keys of a shortlist, too. ``forced`` is how
+    many pages a row takes whatever they score.
     """
 
     sparse: BoolArray
@@ -35,10 +36,16 @@ class RowClasses:
     dense_reasons: dict[str, BoolArray]
     adaptive: BoolArray
     windows: BoolArray
+    two_stage: BoolArray
+    forced: int
 
     def counts(self) -> Iterator[tuple[str, str, int]]:
         """Yield ``(path, reason, rows)`` for every class that has a row."""
-        sparse = {"budget": self.sparse & ~self.windows, "window": self.windows}
+        sparse = {
+            "budget": self.sparse & ~self.windows & ~self.two_stage,
+            WINDOW: self.windows,
+            TWO_STAGE: self.two_stage,
+        }
         for path, reasons in (("sparse", sparse), ("dense", self.dense_reasons)):
             for reason, rows in reasons.items():
                 if rows.any():
@@ -76,6 +83,11 @@ def classify_rows(
         page_budgets = np.where(adaptive, np.minimum(page_budgets, num_pages), page_budgets)
         covered = (page_budgets >= num_pages) & ~adaptive
     sparse = budgeted & ~covered
+
+    def with_policy(policy: str) -> BoolArray:
+        own = np.bool_(config.own_policy == policy)
+        return sparse & (own if policies is None else policies == POLICIES.index(policy))
+
     return RowClasses(
         sparse=sparse,
         page_budgets=page_budgets.astype(np.int32, copy=False),
@@ -86,7 +98,9 @@ def classify_rows(
             "budget_covers_context": budgeted & covered,
         },
         adaptive=adaptive,
-        windows=np.zeros_like(decode) if policies is None else sparse & (policies == POLICIES.index(WINDOW)),
+        windows=with_policy(WINDOW),
+        two_stage=with_policy(TWO_STAGE),
+        forced=config.sink_pages + config.recent_pages,
     )
 
 
@@ -94,9 +108,9 @@ def classify_rows(
 class StepTraffic:
     """Pages and KV bytes of the decode rows of one step but its adaptive ones, in one KV head, summed over layers.
 
-    ``pages_*`` and ``tokens_*`` count the sparse rows only, ``summaries_read`` those that score their pages;
-    ``*_vectors`` are K+V pairs of ``head_dim`` elements (a page summary is as large as one such pair) over all decode
-    rows. Dense attention reads a request's context once for
+    ``pages_*`` and ``tokens_*`` count the sparse rows only, ``summaries_read`` those that score their pages, and
+    ``keys_listed`` the keys of shortlists; ``vectors_*`` are K+V pairs of ``head_dim`` elements (a page summary is as
+    large as one such pair, a key half of one) over all decode rows. Dense attention reads a request's context once for
     all of its query tokens, a sparse row reads its own pages.
     """
 
@@ -105,7 +119,8 @@ class StepTraffic:
     summaries_read: int
     tokens_attended: int
     tokens_available: int
-    vectors_read: int
+    keys_listed: int
+    vectors_read: float
     vectors_dense: int
 
 
@@ -130,15 +145,30 @@ def measure_traffic(
     lengths = num_layers * int(seq_lens[sparse].sum(dtype=np.int64))
     # the newest page is always selected, and it alone may be partial
     attended = selected * page_size - (available * page_size - lengths)
+    listing = sparse & rows.two_stage
+    listed = page_size * int(pages_listed(layer_pages[:, listing], rows.num_pages[listing], rows.forced).sum())
+    dense_read = num_layers * int(seq_lens[_last(dense, requests)].sum(dtype=np.int64))
     return StepTraffic(
         pages_selected=selected,
         pages_available=available,
         summaries_read=scored,
         tokens_attended=attended,
         tokens_available=lengths,
-        vectors_read=attended + scored + num_layers * int(seq_lens[_last(dense, requests)].sum(dtype=np.int64)),
+        keys_listed=listed,
+        vectors_read=attended + scored + listed / 2 + dense_read,
         vectors_dense=num_layers * int(seq_lens[_last(sparse | dense, requests)].sum(dtype=np.int64)),
     )
+
+
+def pages_listed(page_budgets: IntArray, num_pages: IntArray, forced: int) -> npt.NDArray[np.int64]:
+    """How many pages are on the shortlists of two-stage rows, in one KV head and ``page_budgets``' shape.
+
+    ``page_budgets`` is ``[..., num_rows]``, ``num_pages`` ``[num_rows]``. None of them is the newest, so all are full;
+    see :func:`quest_vllm.ops.reference.shortlist_pages`.
+    """
+    take = np.minimum(page_budgets, num_pages).astype(np.int64)
+    listed = np.minimum(take + (take + 1) // 2, num_pages) - np.maximum(take // 2, forced)
+    return np.where((take > forced) & (take < num_pages), listed, 0)
 
 
 def _last(rows: BoolArray, requests: npt.NDArray[np.intp] | None) -> npt.NDArray[np.intp]:

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from quest_vllm.config import TWO_STAGE, WINDOW
 from quest_vllm.metrics_files import ValueFile, metrics_dir, value_key
 from quest_vllm.runtime import active_config
 
 ROW_KINDS = (
     ("sparse", "budget"),
-    ("sparse", "window"),
+    ("sparse", WINDOW),
+    ("sparse", TWO_STAGE),
     ("dense", "no_budget"),
     ("dense", "budget_covers_context"),
     ("dense", "prefill"),
@@ -79,7 +81,7 @@ METRICS = {
         MetricSpec("quest_tokens_available_total", "Tokens of context that the same rows had."),
         MetricSpec(
             "quest_kv_bytes_read_total",
-            "Bytes that decode rows, dense ones too, read in sparse layers: K, V, summaries.",
+            "Bytes that decode rows, dense ones too, read in sparse layers: K, V, summaries, keys to choose by.",
         ),
         MetricSpec(
             "quest_kv_bytes_dense_total",

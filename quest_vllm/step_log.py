@@ -112,6 +112,8 @@ def joined(steps: list[Step]) -> Step:
         dense_reasons={name: np.concatenate([c.dense_reasons[name] for c in classes]) for name in reasons},
         adaptive=np.concatenate([c.adaptive for c in classes]),
         windows=np.concatenate([c.windows for c in classes]),
+        two_stage=np.concatenate([c.two_stage for c in classes]),
+        forced=classes[0].forced,
     )
     offsets = np.cumsum([0, *(1 + r.requests.max(initial=-1) for r in rows[:-1])])
     whole = StepRows(

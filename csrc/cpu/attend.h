@@ -9,7 +9,7 @@ struct RowValues {
   using Element = T;
 
   template <int G>
-  static QUEST_INLINE void weigh(const T* chunk, int64_t row, int64_t tokens, int64_t d, const AttendTask& task,
+  static QUEST_INLINE void weigh(const T* chunk, int64_t row, int64_t tokens, int64_t d, const KeyTask& task,
                                  const float* weights, int64_t weight_stride, Vec* sums) {
     const T* rows = chunk + row * task.head_dim + d;
     Vec other[G] = {};
@@ -28,7 +28,7 @@ struct RowValues {
     for (int g = 0; g < G; ++g) sums[g] += other[g];
   }
 
-  static QUEST_INLINE void touch_values(const T* chunk, int64_t row, const AttendTask& task) {
+  static QUEST_INLINE void touch_values(const T* chunk, int64_t row, const KeyTask& task) {
     prefetch(chunk + row * task.head_dim, task.page_size * task.head_dim * sizeof(T));
   }
 };
@@ -36,7 +36,7 @@ struct RowValues {
 template <typename T>
 struct RowLayout : RowValues<T> {
   template <int G>
-  static QUEST_INLINE void dot(const T* chunk, int64_t row, const AttendTask& task, const float* query, Vec* logits) {
+  static QUEST_INLINE void dot(const T* chunk, int64_t row, const KeyTask& task, const float* query, Vec* logits) {
     Vec sums[G][kLanes];
     for (int t = 0; t < kLanes; ++t) {
       const T* key = chunk + (row + t) * task.head_dim;
@@ -50,7 +50,7 @@ struct RowLayout : RowValues<T> {
     for (int g = 0; g < G; ++g) logits[g] = reduce_rows(sums[g], Add{});
   }
 
-  static QUEST_INLINE void touch_keys(const T* chunk, int64_t row, const AttendTask& task) {
+  static QUEST_INLINE void touch_keys(const T* chunk, int64_t row, const KeyTask& task) {
     prefetch(chunk + row * task.head_dim, task.page_size * task.head_dim * sizeof(T));
   }
 };
@@ -73,14 +73,14 @@ QUEST_INLINE void dot_pairs(int64_t dim, const float* query, Vec* logits, LoadPa
 template <typename T>
 struct TransposedLayout : RowValues<T> {
   template <int G>
-  static QUEST_INLINE void dot(const T* chunk, int64_t row, const AttendTask& task, const float* query, Vec* logits) {
+  static QUEST_INLINE void dot(const T* chunk, int64_t row, const KeyTask& task, const float* query, Vec* logits) {
     dot_pairs<G>(task.head_dim, query, logits, [&](int64_t d, Vec& even, Vec& odd) {
       even = load(chunk + d * task.block_size + row);
       odd = load(chunk + (d + 1) * task.block_size + row);
     });
   }
 
-  static QUEST_INLINE void touch_keys(const T* chunk, int64_t row, const AttendTask& task) {
+  static QUEST_INLINE void touch_keys(const T* chunk, int64_t row, const KeyTask& task) {
     for (int64_t d = 0; d < task.head_dim; ++d)
       prefetch(chunk + d * task.block_size + row, task.page_size * sizeof(T));
   }
@@ -90,7 +90,7 @@ struct AmxLayout {
   using Element = BFloat16;
 
   template <int G>
-  static QUEST_INLINE void dot(const BFloat16* chunk, int64_t row, const AttendTask& task, const float* query,
+  static QUEST_INLINE void dot(const BFloat16* chunk, int64_t row, const KeyTask& task, const float* query,
                                Vec* logits) {
     const BFloat16* lines = chunk + row * task.head_dim;
     dot_pairs<G>(task.head_dim, query, logits,
@@ -98,7 +98,7 @@ struct AmxLayout {
   }
 
   template <int G>
-  static QUEST_INLINE void weigh(const BFloat16* chunk, int64_t row, int64_t tokens, int64_t d, const AttendTask& task,
+  static QUEST_INLINE void weigh(const BFloat16* chunk, int64_t row, int64_t tokens, int64_t d, const KeyTask& task,
                                  const float* weights, int64_t weight_stride, Vec* sums) {
     const BFloat16* lines = chunk + d * task.block_size + row * kLanes;
     Vec other[G] = {};
@@ -119,11 +119,11 @@ struct AmxLayout {
     for (int g = 0; g < G; ++g) sums[g] += other[g];
   }
 
-  static QUEST_INLINE void touch_keys(const BFloat16* chunk, int64_t row, const AttendTask& task) {
+  static QUEST_INLINE void touch_keys(const BFloat16* chunk, int64_t row, const KeyTask& task) {
     prefetch(chunk + row * task.head_dim, task.page_size * task.head_dim * sizeof(BFloat16));
   }
 
-  static QUEST_INLINE void touch_values(const BFloat16* chunk, int64_t row, const AttendTask& task) {
+  static QUEST_INLINE void touch_values(const BFloat16* chunk, int64_t row, const KeyTask& task) {
     for (int64_t d = 0; d < task.head_dim; d += kLanes)
       prefetch(chunk + d * task.block_size + row * kLanes, task.page_size * kLanes * sizeof(BFloat16));
   }
@@ -134,19 +134,31 @@ struct Place {
   int64_t chunk, row, tokens;
 };
 
-QUEST_INLINE Place place_of(const AttendTask& task, int64_t i) {
+QUEST_INLINE Place place_of(const KeyTask& task, int64_t i) {
   const int64_t first = int64_t(task.pages[i]) * task.page_size;
   const int64_t block = task.block_ids[(first / task.block_size) * task.block_ids_stride];
   const int64_t left = task.seq_len - first;
   return {block * task.block_stride, first % task.block_size, left < task.page_size ? left : task.page_size};
 }
 
-// Logits of every token of the split; masked lanes get -inf. Returns each head's maximum.
+constexpr int64_t kSplitStride = kSplitTokens > kMaxPageSize ? kSplitTokens : kMaxPageSize;
+
+// The queries of G heads from `first` on, of which `heads` exist, in float; the rest zeros.
+template <typename T, int G>
+QUEST_INLINE void widen_queries(const KeyTask& task, int64_t first, int64_t heads, float* query) {
+  for (int64_t g = 0; g < G; ++g) {
+    const T* source = g < heads ? static_cast<const T*>(task.query) + (first + g) * task.query_stride : nullptr;
+    widen_query(source, task.head_dim, query + g * task.head_dim);
+  }
+}
+
+// Logits of every token of the split, heads kSplitStride apart; masked lanes get -inf. Returns each head's maximum.
+// `values`, where they are wanted next: block 0 of this kv head. Not inlined: its callers share it.
 template <typename Layout, int G>
-void split_logits(const AttendTask& task, const float* query, float* logits, int64_t stride, float* row_max) {
+__attribute__((noinline)) void split_logits(const KeyTask& task, const void* values, const float* query, float* logits,
+                                            float* row_max) {
   using T = typename Layout::Element;
   const T* keys = static_cast<const T*>(task.keys);
-  const T* values = static_cast<const T*>(task.values);
   const Vec masked = splat(-__builtin_inff());
   Vec maxima[G];
   for (int g = 0; g < G; ++g) maxima[g] = masked;
@@ -155,9 +167,9 @@ void split_logits(const AttendTask& task, const float* query, float* logits, int
     if (i + 1 < task.num_pages) {
       const Place next = place_of(task, i + 1);
       Layout::touch_keys(keys + next.chunk, next.row, task);
-    } else {
+    } else if (values) {
       const Place next = place_of(task, 0);
-      Layout::touch_values(values + next.chunk, next.row, task);
+      Layout::touch_values(static_cast<const T*>(values) + next.chunk, next.row, task);
     }
     for (int64_t t = 0; t < task.page_size; t += kLanes) {
       Vec scores[G];
@@ -172,7 +184,7 @@ void split_logits(const AttendTask& task, const float* query, float* logits, int
         if (t + kLanes > place.tokens)
           scores[g] = lane_index() < int32_t(place.tokens - t) ? (t < place.tokens ? scores[g] : masked) : masked;
         maxima[g] = vmax(maxima[g], scores[g]);
-        store(logits + g * stride + i * task.page_size + t, scores[g]);
+        store(logits + g * kSplitStride + i * task.page_size + t, scores[g]);
       }
     }
   }
@@ -193,7 +205,7 @@ QUEST_INLINE float exponentiate(float* logits, int64_t count, float maximum) {
 }
 
 template <typename Layout, int G>
-void split_output(const AttendTask& task, const float* weights, int64_t stride, float* output) {
+void split_output(const AttendTask& task, const float* weights, float* output) {
   using T = typename Layout::Element;
   const T* values = static_cast<const T*>(task.values);
   for (int64_t i = 0; i < G * task.head_dim; ++i) output[i] = 0.0f;
@@ -207,7 +219,7 @@ void split_output(const AttendTask& task, const float* weights, int64_t stride, 
       Vec sums[G];
       for (int g = 0; g < G; ++g) sums[g] = load(output + g * task.head_dim + d);
       Layout::template weigh<G>(values + place.chunk, place.row, place.tokens, d, task,
-                                weights + i * task.page_size, stride, sums);
+                                weights + i * task.page_size, kSplitStride, sums);
       for (int g = 0; g < G; ++g) store(output + g * task.head_dim + d, sums[g]);
     }
   }
@@ -217,38 +229,39 @@ void split_output(const AttendTask& task, const float* weights, int64_t stride, 
 template <typename Layout, int G>
 void attend_heads(const AttendTask& task, int64_t first, int64_t heads) {
   using T = typename Layout::Element;
-  constexpr int64_t kStride = kSplitTokens > kMaxPageSize ? kSplitTokens : kMaxPageSize;
   alignas(64) float query[G * kMaxHeadDim];
   alignas(64) float output[G * kMaxHeadDim];
-  alignas(64) float logits[G * kStride];
+  alignas(64) float logits[G * kSplitStride];
   float row_max[G];
+  widen_queries<T, G>(task, first, heads, query);
+  split_logits<Layout, G>(task, task.values, query, logits, row_max);
   for (int64_t g = 0; g < G; ++g) {
-    const T* source = static_cast<const T*>(task.query) + (first + g) * task.query_stride;
-    for (int64_t d = 0; d < task.head_dim; d += kLanes)
-      store(query + g * task.head_dim + d, g < heads ? load(source + d) : Vec{});
-  }
-  split_logits<Layout, G>(task, query, logits, kStride, row_max);
-  for (int64_t g = 0; g < G; ++g) {
-    const float sum = exponentiate(logits + g * kStride, task.num_pages * task.page_size, row_max[g]);
+    const float sum = exponentiate(logits + g * kSplitStride, task.num_pages * task.page_size, row_max[g]);
     if (g >= heads) continue;
     task.row_max[first + g] = row_max[g];
     task.row_sum[first + g] = sum;
   }
-  split_output<Layout, G>(task, logits, kStride, output);
+  split_output<Layout, G>(task, logits, output);
   float* partial = task.partial + first * task.head_dim;
   for (int64_t i = 0; i < heads * task.head_dim; i += kLanes) store(partial + i, load(output + i));
 }
 
+// Calls fn<G>(first, heads) for a group's heads, `heads` <= G of them at a time.
+template <typename Fn>
+QUEST_INLINE void for_head_batches(int64_t group, Fn fn) {
+  for (int64_t first = 0; first < group; first += kHeadBatch) {
+    const int64_t heads = group - first < kHeadBatch ? group - first : kHeadBatch;
+    if (heads == 1) fn.template operator()<1>(first, heads);
+    else if (heads == 2) fn.template operator()<2>(first, heads);
+    else if (heads == 3) fn.template operator()<3>(first, heads);
+    else if (heads == 4) fn.template operator()<4>(first, heads);
+    else fn.template operator()<8>(first, heads);
+  }
+}
+
 template <typename Layout>
 void attend_batches(const AttendTask& task) {
-  for (int64_t first = 0; first < task.group; first += kHeadBatch) {
-    const int64_t heads = task.group - first < kHeadBatch ? task.group - first : kHeadBatch;
-    if (heads == 1) attend_heads<Layout, 1>(task, first, heads);
-    else if (heads == 2) attend_heads<Layout, 2>(task, first, heads);
-    else if (heads == 3) attend_heads<Layout, 3>(task, first, heads);
-    else if (heads == 4) attend_heads<Layout, 4>(task, first, heads);
-    else attend_heads<Layout, 8>(task, first, heads);
-  }
+  for_head_batches(task.group, [&]<int G>(int64_t first, int64_t heads) { attend_heads<Layout, G>(task, first, heads); });
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
-// Checks, threading and registration of the operations; the arithmetic is in kernels_impl.h.
+// Threading and registration of the operations; the arithmetic is in kernels_impl.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
@@ -21,6 +22,8 @@ namespace quest {
 namespace {
 
 using at::Tensor;
+
+#include "checks.h"
 
 // The widest kernels this processor runs; QUEST_VLLM_CPU_ISA (generic, avx2, avx512) asks for others, for tests.
 const Kernels& choose_kernels() {
@@ -57,169 +60,6 @@ void for_each_task(int64_t tasks, int64_t bytes, const Fn& fn) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(task);
   });
-}
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::kFloat;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kHalf;
-    default: TORCH_CHECK(false, name, ": expected dtype float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
-
-void check_cpu(const Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, ": expected a tensor on cpu, got ", tensor.device());
-}
-
-void check_dtype(const Tensor& tensor, const char* name, at::ScalarType expected) {
-  TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected dtype ", expected, ", got ", tensor.scalar_type());
-}
-
-void check_dim(const Tensor& tensor, const char* name, int64_t expected) {
-  TORCH_CHECK(tensor.dim() == expected, name, ": expected ", expected, " dimensions, got shape ", tensor.sizes());
-}
-
-void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {
-  TORCH_CHECK(tensor.size(dim) == expected, name, ": expected size ", expected, " at dimension ", dim, ", got shape ",
-              tensor.sizes());
-}
-
-void check_dense_tail(const Tensor& tensor, const char* name, int64_t dims) {
-  int64_t expected = 1;
-  for (int64_t dim = tensor.dim() - 1; dim >= tensor.dim() - dims; --dim) {
-    TORCH_CHECK(tensor.size(dim) == 1 || tensor.stride(dim) == expected, name, ": expected the last ", dims,
-                " dimensions to be contiguous, got shape ", tensor.sizes(), " and strides ", tensor.strides());
-    expected *= tensor.size(dim);
-  }
-}
-
-void check_rows(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
-  check_cpu(tensor, name);
-  check_dtype(tensor, name, dtype);
-  check_dim(tensor, name, 1);
-  check_size(tensor, name, 0, rows);
-}
-
-void check_int32_rows(const Tensor& tensor, const char* name, int64_t rows) {
-  check_rows(tensor, name, at::kInt, rows);
-}
-
-void check_head_dim(const Tensor& tensor, const char* name) {
-  const int64_t dim = tensor.size(-1);
-  TORCH_CHECK(dim > 0 && dim % kLanes == 0 && dim <= kMaxHeadDim, name, ": expected a head_dim that is a multiple of ",
-              kLanes, " up to ", kMaxHeadDim, ", got ", dim);
-}
-
-void check_page_size(int64_t page_size, int64_t block_size) {
-  TORCH_CHECK(page_size > 0 && page_size % kLanes == 0 && page_size <= kMaxPageSize && block_size % page_size == 0,
-              "page_size: expected a multiple of ", kLanes, " up to ", kMaxPageSize, " that divides block_size ",
-              block_size, ", got ", page_size);
-}
-
-void check_cache(const Tensor& cache, const char* name) {
-  check_cpu(cache, name);
-  check_dim(cache, name, 4);
-  check_head_dim(cache, name);
-  check_dense_tail(cache, name, 2);
-}
-
-void check_summaries(const Tensor& summaries) {
-  check_cpu(summaries, "summaries");
-  check_dim(summaries, "summaries", 5);
-  check_size(summaries, "summaries", 3, 2);
-  check_head_dim(summaries, "summaries");
-  check_dense_tail(summaries, "summaries", 2);
-}
-
-void check_query(const Tensor& query, const Tensor& cache, int64_t num_kv_heads) {
-  check_cpu(query, "query");
-  check_dim(query, "query", 3);
-  check_dtype(query, "query", cache.scalar_type());
-  check_size(query, "query", 2, cache.size(-1));
-  check_dense_tail(query, "query", 1);
-  TORCH_CHECK(num_kv_heads > 0 && query.size(1) % num_kv_heads == 0 && query.size(1) > 0,
-              "query: expected a multiple of num_kv_heads ", num_kv_heads, " at dimension 1, got shape ",
-              query.sizes());
-}
-
-Format parse_format(c10::string_view name, const Tensor& cache) {
-  if (name == "rows") return Format::kRows;
-  // vLLM packs for "amx" only where head_dim is a multiple of 32, and transposes otherwise
-  if (name == "vec" || name == "vec16" || (name == "amx" && cache.size(3) % 32 != 0)) return Format::kTransposed;
-  TORCH_CHECK(name == "amx", "kv_format: expected amx, vec, vec16 or rows, got ", name);
-  TORCH_CHECK(cache.scalar_type() == at::kBFloat16, "kv_format amx: expected dtype BFloat16, got ",
-              cache.scalar_type());
-  TORCH_CHECK(cache.size(2) % kLanes == 0, "kv_format amx: expected a block_size that is a multiple of ", kLanes,
-              ", got ", cache.size(2));
-  return Format::kAmx;
-}
-
-Reduction parse_reduction(c10::string_view name) {
-  if (name == "max") return Reduction::kMax;
-  if (name == "mean") return Reduction::kMean;
-  if (name == "mass") return Reduction::kMass;
-  TORCH_CHECK(name == "per_query_head", "group_reduction: expected max, mean, mass or per_query_head, got ", name);
-  return Reduction::kPerQueryHead;
-}
-
-// What each row does instead of the call's own, by its place in quest_vllm.config.POLICIES; `own` where nothing is said.
-class Policies {
- public:
-  Policies(const std::optional<Tensor>& policies, Reduction own, int64_t num_reqs) : own_(own) {
-    if (!policies) return;
-    check_int32_rows(*policies, "policies", num_reqs);
-    data_ = policies->const_data_ptr<int32_t>();
-    stride_ = policies->stride(0);
-    for (int64_t row = 0; row < num_reqs; ++row) {
-      const int32_t place = data_[row * stride_];
-      TORCH_CHECK(place >= 0 && place <= int32_t(Reduction::kWindow), "policies[", row, "]: expected 0 to ",
-                  int32_t(Reduction::kWindow), ", got ", place);
-    }
-  }
-  Reduction of(int64_t row) const { return data_ ? Reduction(data_[row * stride_]) : own_; }
-
- private:
-  Reduction own_;
-  const int32_t* data_ = nullptr;
-  int64_t stride_ = 0;
-};
-
-Summary parse_summary(c10::string_view name, int64_t head_dim, int64_t page_size) {
-  if (name == "min_max") return Summary::kMinMax;
-  TORCH_CHECK(name == "key_codes", "page_summary: expected min_max or key_codes, got ", name);
-  TORCH_CHECK(page_size == kLanes, "page_size: expected ", kLanes, " with page_summary key_codes, got ", page_size);
-  TORCH_CHECK(head_dim % (4 * kLanes) == 0, "head_dim: expected a multiple of ", 4 * kLanes,
-              " with page_summary key_codes, got ", head_dim);
-  return Summary::kKeyCodes;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// seq_lens as a vector; every block that a request of that length uses is checked here, once, so that the kernels
-// read no block outside the cache.
-std::vector<int64_t> checked_lengths(const Tensor& block_table, const Tensor& seq_lens, int64_t num_reqs,
-                                     int64_t block_size, int64_t num_blocks) {
-  check_cpu(block_table, "block_table");
-  check_dtype(block_table, "block_table", at::kInt);
-  check_dim(block_table, "block_table", 2);
-  check_size(block_table, "block_table", 0, num_reqs);
-  check_int32_rows(seq_lens, "seq_lens", num_reqs);
-  std::vector<int64_t> lengths(num_reqs);
-  const int32_t* seq = seq_lens.const_data_ptr<int32_t>();
-  const int32_t* table = block_table.const_data_ptr<int32_t>();
-  for (int64_t row = 0; row < num_reqs; ++row) {
-    const int64_t length = lengths[row] = seq[row * seq_lens.stride(0)];
-    TORCH_CHECK(length >= 0 && length <= block_table.size(1) * block_size, "seq_lens[", row, "]: expected 0 to ",
-                block_table.size(1) * block_size, " (the blocks of a row of block_table), got ", length);
-    const int32_t* ids = table + row * block_table.stride(0);
-    for (int64_t i = 0; i < ceil_div(length, block_size); ++i) {
-      const int32_t id = ids[i * block_table.stride(1)];
-      TORCH_CHECK(id >= 0 && id < num_blocks, "block_table[", row, ", ", i, "]: expected a block id from 0 to ",
-                  num_blocks - 1, ", got ", id);
-    }
-  }
-  return lengths;
 }
 
 char* byte_pointer(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()); }
@@ -347,7 +187,8 @@ float merge_lse(const float* parts, int64_t count, int64_t group) {
 }
 
 // Second pass of the mass reduction: every head's normaliser, then the scores of every part.
-void combine_parts(const Scores& scores, int64_t heads, int64_t group, const Policies& policies) {
+void combine_parts(const Scores& scores, int64_t heads, int64_t group, const Policies& policies,
+                   const std::optional<Tensor>& log_sums) {
   const int64_t units = int64_t(scores.first_part.size()) - 1, max_pages = scores.output.size(2);
   const Tensor unit_lse = at::empty({units, group}, scores.output.options());
   float* lse = unit_lse.data_ptr<float>();
@@ -356,6 +197,7 @@ void combine_parts(const Scores& scores, int64_t heads, int64_t group, const Pol
     const int64_t first = scores.first_part[unit], count = scores.first_part[unit + 1] - first;
     for (int64_t g = 0; g < group; ++g) lse[unit * group + g] = merge_lse(part_lse + first * group + g, count, group);
   }
+  if (log_sums) log_sums->copy_(unit_lse.view(log_sums->sizes()));
   const float* logits = scores.logits.const_data_ptr<float>();
   float* out = scores.output.data_ptr<float>();
   constexpr int64_t kCombineCost = 16;  // a logit costs about what reading that many bytes does
@@ -363,13 +205,15 @@ void combine_parts(const Scores& scores, int64_t heads, int64_t group, const Pol
                 [&](int64_t task, int64_t row, int64_t head, int64_t first, int64_t end) {
     const int64_t unit = row * heads + head;
     kernels().combine_mass(MassTask{logits + task * group * kScoreChunk, lse + unit * group,
-                                    out + unit * max_pages + first, group, end - first, policies.of(row)});
+                                    out + unit * max_pages + first, group, end - first, kScoreChunk,
+                                    policies.of(row)});
   });
 }
 
 Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& block_table, const Tensor& seq_lens,
                    int64_t page_size, c10::string_view group_reduction, double bound_radius, double scale,
-                   c10::string_view page_summary, const std::optional<Tensor>& row_policies) {
+                   c10::string_view page_summary, const std::optional<Tensor>& row_policies,
+                   const std::optional<Tensor>& log_sums) {
   check_summaries(summaries);
   const int64_t heads = summaries.size(1), pages_per_block = summaries.size(2);
   check_page_size(page_size, page_size * pages_per_block);
@@ -384,6 +228,7 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
       checked_lengths(block_table, seq_lens, num_reqs, page_size * pages_per_block, summaries.size(0));
   const std::vector<int64_t> lengths = pages;
   const Policies policies(row_policies, reduction, num_reqs);
+  if (log_sums) check_log_sums(*log_sums, query);
   for (int64_t row = 0; row < num_reqs; ++row) {  // a window needs no score
     pages[row] = policies.of(row) == Reduction::kWindow ? 0 : ceil_div(pages[row], page_size);
   }
@@ -417,17 +262,16 @@ Tensor score_pages(const Tensor& query, const Tensor& summaries, const Tensor& b
     for (int64_t i = 0; i < outputs_per_head; ++i)
       std::fill(row_scores + i * max_pages + end, row_scores + (i + 1) * max_pages, -INFINITY);
   });
-  if (mass) combine_parts(scores, heads, group, policies);
+  if (mass) combine_parts(scores, heads, group, policies, log_sums);
   return scores.output;
 }
 
-Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
-                    int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
-                    const std::optional<Tensor>& top_p, double mass_scale,
-                    const std::optional<Tensor>& row_policies) {
-  check_cpu(page_scores, "page_scores");
-  check_dtype(page_scores, "page_scores", at::kFloat);
-  check_dim(page_scores, "page_scores", 3);
+// What select_pages takes, or with `shortlist` shortlist_pages, which lists one page more than a budget may have.
+Tensor choose_rows(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
+                   int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
+                   const std::optional<Tensor>& top_p, double mass_scale, const std::optional<Tensor>& row_policies,
+                   bool shortlist) {
+  check_scores(page_scores);
   check_dense_tail(page_scores, "page_scores", 1);
   const int64_t num_reqs = page_scores.size(0), heads = page_scores.size(1), max_pages = page_scores.size(2);
   check_int32_rows(seq_lens, "seq_lens", num_reqs);
@@ -441,12 +285,10 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
   const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
   const int32_t* budgets = page_budgets.const_data_ptr<int32_t>();
   const float* shares = top_p ? top_p->const_data_ptr<float>() : nullptr;
-  for (int64_t row = 0; row < num_reqs; ++row) {
-    const int64_t length = lengths[row * seq_lens.stride(0)];
-    TORCH_CHECK(length >= 0 && ceil_div(length, page_size) <= max_pages, "seq_lens[", row, "]: expected 0 to ",
-                max_pages * page_size, " (the pages of a row of page_scores), got ", length);
-  }
-  Tensor selected = at::empty({num_reqs, heads, max_page_budget}, seq_lens.options());
+  for (int64_t row = 0; row < num_reqs; ++row)
+    check_scored(lengths[row * seq_lens.stride(0)], row, page_scores, page_size);
+  const int64_t width = max_page_budget + shortlist;
+  Tensor selected = at::empty({num_reqs, heads, width}, seq_lens.options());
   const float* scores = page_scores.const_data_ptr<float>();
   int32_t* out = selected.data_ptr<int32_t>();
   constexpr int64_t kSelectCost = 24;  // a page of a row costs about what reading that many bytes does
@@ -457,15 +299,31 @@ Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Ten
     static thread_local std::vector<float> mass;
     if (int64_t(scratch.size()) < 2 * pages) scratch.resize(2 * pages);
     if (int64_t(mass.size()) < pages + kLanes) mass.resize(pages + kLanes);
-    const int64_t budget = std::min<int64_t>(budgets[row * page_budgets.stride(0)], max_page_budget);
+    const bool takes = !shortlist || policies.of(row) == Reduction::kTwoStage;
+    const int64_t budget = takes ? std::min<int64_t>(budgets[row * page_budgets.stride(0)], max_page_budget) : 0;
     const int64_t window = policies.of(row) == Reduction::kWindow ? std::min(budget, pages) - sink_pages : 0;
     const SelectTask work{scores + row * page_scores.stride(0) + head * page_scores.stride(1),
-                          out + task * max_page_budget, scratch.data(), mass.data(), pages,
+                          out + task * width, scratch.data(), mass.data(), pages,
                           budget, max_page_budget, sink_pages, std::max(recent_pages, window),
                           shares ? shares[row * top_p->stride(0)] : 1.0f, float(mass_scale)};
-    kernels().select(work);
+    (shortlist ? kernels().shortlist : kernels().select)(work);
   });
   return selected;
+}
+
+Tensor select_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets, int64_t page_size,
+                    int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
+                    const std::optional<Tensor>& top_p, double mass_scale,
+                    const std::optional<Tensor>& row_policies) {
+  return choose_rows(page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget, top_p,
+                     mass_scale, row_policies, false);
+}
+
+Tensor shortlist_pages(const Tensor& page_scores, const Tensor& seq_lens, const Tensor& page_budgets,
+                       int64_t page_size, int64_t sink_pages, int64_t recent_pages, int64_t max_page_budget,
+                       const std::optional<Tensor>& row_policies) {
+  return choose_rows(page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget,
+                     std::nullopt, 1.0, row_policies, true);
 }
 
 // The selected pages of every (request, selection head) that hold a token, packed; splits are counted from them.
@@ -475,9 +333,11 @@ struct Selection {
   std::vector<Part> parts;                      // head: the selection head
 };
 
+int64_t pages_per_split(int64_t page_size) { return std::max<int64_t>(1, kSplitTokens / page_size); }
+
 Selection pack_selection(const Tensor& selected, const std::vector<int64_t>& lengths, int64_t page_size) {
   Selection packed;
-  const int64_t heads = selected.size(1), pages_per_split = std::max<int64_t>(1, kSplitTokens / page_size);
+  const int64_t heads = selected.size(1), split = pages_per_split(page_size);
   packed.pages.reserve(selected.numel());
   const int32_t* data = selected.const_data_ptr<int32_t>();
   for (int64_t row = 0; row < selected.size(0); ++row) {
@@ -491,13 +351,59 @@ Selection pack_selection(const Tensor& selected, const std::vector<int64_t>& len
         if (page >= 0 && page < pages) packed.pages.push_back(page);
       }
       const int64_t count = int64_t(packed.pages.size()) - packed.first_page.back();
-      for (int64_t part = 0; part < std::max<int64_t>(1, ceil_div(count, pages_per_split)); ++part)
+      for (int64_t part = 0; part < std::max<int64_t>(1, ceil_div(count, split)); ++part)
         packed.parts.push_back({row, head, part});
     }
   }
   packed.first_page.push_back(packed.pages.size());
   packed.first_part.push_back(packed.parts.size());
   return packed;
+}
+
+Tensor rerank_pages(const Tensor& page_scores, const Tensor& log_sums, const Tensor& shortlist, const Tensor& query,
+                    const Tensor& key_cache, const Tensor& block_table, const Tensor& seq_lens, int64_t page_size,
+                    double scale, double softcap, c10::string_view kv_format) {
+  check_cache(key_cache, "key_cache");
+  const int64_t heads = key_cache.size(1), block_size = key_cache.size(2), dim = key_cache.size(3);
+  check_page_size(page_size, block_size);
+  check_query(query, key_cache, heads);
+  const int64_t num_reqs = query.size(0), group = query.size(1) / heads;
+  const Format format = parse_format(kv_format, key_cache);
+  const DType dtype = dtype_of(query, "query");
+  check_scores(page_scores);
+  check_size(page_scores, "page_scores", 0, num_reqs);
+  check_size(page_scores, "page_scores", 1, heads);
+  check_log_sums(log_sums, query);
+  check_page_lists(shortlist, "shortlist", num_reqs);
+  check_size(shortlist, "shortlist", 1, heads);
+  const std::vector<int64_t> lengths = checked_lengths(block_table, seq_lens, num_reqs, block_size, key_cache.size(0));
+  for (int64_t row = 0; row < num_reqs; ++row) check_scored(lengths[row], row, page_scores, page_size);
+  const Selection listed = pack_selection(shortlist, lengths, page_size);
+  const int64_t split = pages_per_split(page_size), max_pages = page_scores.size(2), size = query.element_size();
+  Tensor output = page_scores.clone(at::MemoryFormat::Contiguous);
+  const char* q = byte_pointer(query);
+  const char* keys = byte_pointer(key_cache);
+  const float* lse = log_sums.const_data_ptr<float>();
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  float* out = output.data_ptr<float>();
+  for_each_task(listed.parts.size(), int64_t(listed.pages.size()) * page_size * dim * size, [&](int64_t task) {
+    const auto [row, head, part] = listed.parts[task];
+    const int64_t unit = row * heads + head, first = listed.first_page[unit] + part * split;
+    const int64_t count = std::min(listed.first_page[unit + 1] - first, split);
+    if (count <= 0) return;
+    static thread_local std::vector<float> logits;
+    if (int64_t(logits.size()) < group * kLanes) logits.resize(group * kLanes);
+    const KeyTask met{q + size * (row * query.stride(0) + head * group * query.stride(1)),
+                      keys + size * head * key_cache.stride(1), table + row * block_table.stride(0),
+                      listed.pages.data() + first, query.stride(1), key_cache.stride(0), block_table.stride(1), group,
+                      dim, block_size, page_size, count, lengths[row], float(scale), float(softcap)};
+    kernels().rerank(dtype, format, RerankTask{met, logits.data()});
+    float scores[kLanes];
+    kernels().combine_mass(MassTask{logits.data(), lse + row * log_sums.stride(0) + head * group, scores, group, count,
+                                    kLanes, Reduction::kMass});
+    for (int64_t i = 0; i < count; ++i) out[unit * max_pages + listed.pages[first + i]] = scores[i];
+  });
+  return output;
 }
 
 Tensor sparse_paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
@@ -516,16 +422,13 @@ Tensor sparse_paged_attention(const Tensor& query, const Tensor& key_cache, cons
   const int64_t num_reqs = query.size(0), q_heads = query.size(1);
   const Format format = parse_format(kv_format, key_cache);
   const DType dtype = dtype_of(query, "query");
-  check_cpu(selected_pages, "selected_pages");
-  check_dtype(selected_pages, "selected_pages", at::kInt);
-  check_dim(selected_pages, "selected_pages", 3);
-  check_size(selected_pages, "selected_pages", 0, num_reqs);
+  check_page_lists(selected_pages, "selected_pages", num_reqs);
   const int64_t units = selected_pages.size(1);
   TORCH_CHECK(units == kv_heads || units == q_heads, "selected_pages: expected num_kv_heads ", kv_heads,
               " or num_q_heads ", q_heads, " at dimension 1, got shape ", selected_pages.sizes());
   const std::vector<int64_t> lengths = checked_lengths(block_table, seq_lens, num_reqs, block_size, key_cache.size(0));
   const int64_t group = q_heads / units, units_per_kv_head = units / kv_heads;
-  const int64_t pages_per_split = std::max<int64_t>(1, kSplitTokens / page_size);
+  const int64_t split = pages_per_split(page_size);
   const Selection selection = pack_selection(selected_pages, lengths, page_size);
 
   Tensor output = at::empty({num_reqs, q_heads, dim}, query.options());
@@ -544,19 +447,20 @@ Tensor sparse_paged_attention(const Tensor& query, const Tensor& key_cache, cons
   for_each_task(num_parts, int64_t(selection.pages.size()) * 2 * page_size * dim * size, [&](int64_t task) {
     const auto [row, head, part] = selection.parts[task];
     const int64_t unit = row * units + head;
-    const int64_t first = selection.first_page[unit] + part * pages_per_split;
-    const int64_t count = std::min(selection.first_page[unit + 1] - first, pages_per_split);
+    const int64_t first = selection.first_page[unit] + part * split;
+    const int64_t count = std::min(selection.first_page[unit + 1] - first, split);
     const int64_t kv_offset = size * (head / units_per_kv_head) * key_cache.stride(1);
     char* row_out = out + size * (row * q_heads + head * group) * dim;
     if (count <= 0) {  // no token to attend to
       std::memset(row_out, 0, size * group * dim);
       return;
     }
-    const AttendTask work{q + size * (row * query.stride(0) + head * group * query.stride(1)), keys + kv_offset,
-                          values + kv_offset, table + row * block_table.stride(0), selection.pages.data() + first,
-                          partial + task * group * dim, row_max + task * group, row_sum + task * group, query.stride(1),
-                          key_cache.stride(0), block_table.stride(1), group, dim, block_size, page_size, count,
-                          lengths[row], float(scale), float(softcap)};
+    const KeyTask met{q + size * (row * query.stride(0) + head * group * query.stride(1)), keys + kv_offset,
+                      table + row * block_table.stride(0), selection.pages.data() + first, query.stride(1),
+                      key_cache.stride(0), block_table.stride(1), group, dim, block_size, page_size, count,
+                      lengths[row], float(scale), float(softcap)};
+    const AttendTask work{met, values + kv_offset, partial + task * group * dim, row_max + task * group,
+                          row_sum + task * group};
     kernels().attend(dtype, format, work);
     const int64_t first_part = selection.first_part[unit], splits = selection.first_part[unit + 1] - first_part;
     if (done[unit].fetch_add(1, std::memory_order_acq_rel) + 1 < splits) return;
@@ -576,10 +480,17 @@ TORCH_LIBRARY(quest_vllm_cpu, library) {
       "str kv_format, str page_summary) -> ()");
   library.def(
       "score_pages(Tensor query, Tensor summaries, Tensor block_table, Tensor seq_lens, int page_size, "
-      "str group_reduction, float bound_radius, float scale, str page_summary, Tensor? policies) -> Tensor");
+      "str group_reduction, float bound_radius, float scale, str page_summary, Tensor? policies, "
+      "Tensor(a!)? log_sums) -> Tensor");
   library.def(
       "select_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
       "int recent_pages, int max_page_budget, Tensor? top_p, float mass_scale, Tensor? policies) -> Tensor");
+  library.def(
+      "shortlist_pages(Tensor page_scores, Tensor seq_lens, Tensor page_budgets, int page_size, int sink_pages, "
+      "int recent_pages, int max_page_budget, Tensor? policies) -> Tensor");
+  library.def(
+      "rerank_pages(Tensor page_scores, Tensor log_sums, Tensor shortlist, Tensor query, Tensor key_cache, "
+      "Tensor block_table, Tensor seq_lens, int page_size, float scale, float softcap, str kv_format) -> Tensor");
   library.def(
       "sparse_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor selected_pages, int page_size, float scale, float softcap, str kv_format) -> Tensor");
@@ -591,6 +502,8 @@ TORCH_LIBRARY_IMPL(quest_vllm_cpu, CompositeExplicitAutograd, library) {
   library.impl("update_page_summaries", &update_page_summaries);
   library.impl("score_pages", &score_pages);
   library.impl("select_pages", &select_pages);
+  library.impl("shortlist_pages", &shortlist_pages);
+  library.impl("rerank_pages", &rerank_pages);
   library.impl("sparse_paged_attention", &sparse_paged_attention);
 }
 

@@ -19,6 +19,7 @@ namespace {
 #include "score.h"
 #include "select.h"
 #include "attend.h"
+#include "rerank.h"
 
 template <typename Fn>
 QUEST_INLINE void with_dtype(DType dtype, Fn fn) {
@@ -51,12 +52,22 @@ void score(DType dtype, const ScoreTask& task) {
   with_dtype(dtype, [&](auto type) { score_chunk<decltype(element(type))>(task); });
 }
 
-void attend(DType dtype, Format format, const AttendTask& task) {
-  if (format == Format::kAmx) return attend_batches<AmxLayout>(task);
+template <typename Fn>
+QUEST_INLINE void with_layout(DType dtype, Format format, Fn fn) {
+  if (format == Format::kAmx) return fn.template operator()<AmxLayout>();
   with_dtype(dtype, [&](auto type) {
     using T = decltype(element(type));
-    format == Format::kRows ? attend_batches<RowLayout<T>>(task) : attend_batches<TransposedLayout<T>>(task);
+    if (format == Format::kRows) fn.template operator()<RowLayout<T>>();
+    else fn.template operator()<TransposedLayout<T>>();
   });
+}
+
+void rerank(DType dtype, Format format, const RerankTask& task) {
+  with_layout(dtype, format, [&]<typename Layout>() { rerank_batches<Layout>(task); });
+}
+
+void attend(DType dtype, Format format, const AttendTask& task) {
+  with_layout(dtype, format, [&]<typename Layout>() { attend_batches<Layout>(task); });
 }
 
 void merge(DType dtype, const MergeTask& task) {
@@ -67,7 +78,7 @@ void merge(DType dtype, const MergeTask& task) {
 }  // namespace QUEST_ISA
 
 extern const Kernels QUEST_KERNELS = {QUEST_STRING(QUEST_ISA), QUEST_ISA::summarise, QUEST_ISA::score,
-                                      QUEST_ISA::combine_mass, QUEST_ISA::select_row, QUEST_ISA::attend,
-                                      QUEST_ISA::merge};
+                                      QUEST_ISA::combine_mass, QUEST_ISA::select_row, QUEST_ISA::shortlist_row,
+                                      QUEST_ISA::rerank, QUEST_ISA::attend, QUEST_ISA::merge};
 
 }  // namespace quest

@@ -50,7 +50,7 @@ inline void combine_logits(const MassTask& task) {
   for (int64_t i = 0; i < task.pages; ++i) {
     float score = task.logits[i];
     for (int64_t g = 1; g < task.group; ++g) {
-      const float logit = task.logits[g * kScoreChunk + i];
+      const float logit = task.logits[g * task.logit_stride + i];
       if (task.policy == Reduction::kMean) score += logit;
       else score = logit > score || logit != logit ? logit : score;
     }
@@ -59,18 +59,18 @@ inline void combine_logits(const MassTask& task) {
 }
 
 inline void combine_mass(const MassTask& task) {
-  if (task.policy != Reduction::kMass) return combine_logits(task);
+  if (task.policy == Reduction::kMax || task.policy == Reduction::kMean) return combine_logits(task);
   for (int64_t start = 0; start < task.pages; start += kLanes) {
-    const auto share = [&](int64_t g) { return load(task.logits + g * kScoreChunk + start) - task.lse[g]; };
+    const auto share = [&](int64_t g) { return load(task.logits + g * task.logit_stride + start) - task.lse[g]; };
     Vec top = splat(-kInfinity), sum = {};
     for (int64_t g = 0; g < task.group; ++g) {
       const Vec value = share(g);
       top = value > top ? value : top;
     }
-    const VecI none = top == -kInfinity;
-    const Vec shift = none ? Vec{} : top;
-    for (int64_t g = 0; g < task.group; ++g) sum += exp_nonpositive(share(g) - shift);
-    const Vec score = none & (sum == sum) ? splat(-kInfinity) : shift + log_positive(sum);
+    const VecI infinite = (top == kInfinity) | (top == -kInfinity);
+    const Vec shift = infinite ? Vec{} : top;
+    for (int64_t g = 0; g < task.group; ++g) sum += exp_nonpositive(vmin(Vec{}, share(g) - shift));
+    const Vec score = infinite & (sum == sum) ? top : shift + log_positive(sum);
     const int64_t width = task.pages - start < kLanes ? task.pages - start : kLanes;
     __builtin_memcpy(task.scores + start, &score, width * sizeof(float));
   }

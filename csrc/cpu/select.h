@@ -1,4 +1,4 @@
-// select_pages: the best pages of one row by radix selection. Included by kernels_impl.h.
+// select_pages and shortlist_pages: the best pages of one row by radix selection. Included by kernels_impl.h.
 
 // Unsigned keys in the order of the scores; NaN becomes +inf, -0 becomes +0.
 QUEST_INLINE uint32_t ordered_key(float score) {
@@ -104,37 +104,91 @@ inline int64_t keep_mass(const SelectTask& task, int64_t take, int64_t sink, int
   return kept;
 }
 
-void select_row(const SelectTask& task) {
+// How many pages a row takes, which of them are forced, and which pages compete: [first, end).
+struct Competition {
+  int64_t take, recent, sink, first, end;
+};
+
+QUEST_INLINE Competition competition_of(const SelectTask& task) {
   const int64_t pages = task.pages;
   int64_t take = task.page_budget < pages ? task.page_budget : pages;
   if (take > task.max_page_budget) take = task.max_page_budget;
   if (take < 0) take = 0;
-  const int64_t recent = task.recent_pages < take ? task.recent_pages : take;
   const int64_t recent_tier = task.recent_pages < pages ? task.recent_pages : pages;
-  int64_t sink = task.sink_pages < pages - recent_tier ? task.sink_pages : pages - recent_tier;
-  if (sink > take - recent) sink = take - recent;
-  const int64_t first = sink, end = pages - recent_tier, wanted = take - recent - sink;
+  const int64_t sink_tier = task.sink_pages < pages - recent_tier ? task.sink_pages : pages - recent_tier;
+  const int64_t recent = recent_tier < take ? recent_tier : take;
+  const int64_t sink = sink_tier < take - recent ? sink_tier : take - recent;
+  return {take, recent, sink, sink_tier, pages - recent_tier};
+}
+
+// Whether a key, of keys met in order, is among the `rank` greatest; of equal ones the first.
+class Best {
+ public:
+  // Destroys `keys`.
+  Best(uint32_t* keys, int64_t count, int64_t rank) {
+    if (rank >= count) return;
+    threshold_ = ~0u;  // none: no score has this key
+    if (rank > 0) threshold_ = nth_greatest(keys, count, rank, equal_left_);
+  }
+  QUEST_INLINE bool has(uint32_t key) {
+    const bool equal = key == threshold_ && equal_left_ > 0;
+    equal_left_ -= equal;
+    return key > threshold_ || equal;
+  }
+
+ private:
+  uint32_t threshold_ = 0;  // all: no score has this key either
+  int64_t equal_left_ = 0;
+};
+
+// The keys of the competing pages, twice; returns the copy to destroy.
+QUEST_INLINE uint32_t* competing_keys(const SelectTask& task, const Competition& found) {
+  uint32_t* keys = task.scratch;
+  uint32_t* spare = task.scratch + task.pages;
+  for (int64_t page = found.first; page < found.end; ++page)
+    spare[page - found.first] = keys[page - found.first] = ordered_key(task.scores[page]);
+  return spare;
+}
+
+void select_row(const SelectTask& task) {
+  const Competition found = competition_of(task);
+  const int64_t pages = task.pages, count = found.end - found.first, wanted = found.take - found.recent - found.sink;
   int32_t* out = task.selected;
-  for (int64_t page = 0; page < sink; ++page) *out++ = int32_t(page);
-  if (wanted > 0 && wanted == end - first) {
-    for (int64_t page = first; page < end; ++page) *out++ = int32_t(page);
+  for (int64_t page = 0; page < found.sink; ++page) *out++ = int32_t(page);
+  if (wanted > 0 && wanted == count) {
+    for (int64_t page = found.first; page < found.end; ++page) *out++ = int32_t(page);
   } else if (wanted > 0) {
-    uint32_t* keys = task.scratch;
-    uint32_t* spare = task.scratch + pages;
-    for (int64_t page = first; page < end; ++page)
-      spare[page - first] = keys[page - first] = ordered_key(task.scores[page]);
-    int64_t equal_left = 0;
-    const uint32_t threshold = nth_greatest(spare, end - first, wanted, equal_left);
+    Best best(competing_keys(task, found), count, wanted);
     int32_t* const last = out + wanted;
-    for (int64_t page = first; page < end && out < last; ++page) {
-      const uint32_t key = keys[page - first];
-      const bool equal = key == threshold && equal_left > 0;
-      equal_left -= equal;
+    for (int64_t page = found.first; page < found.end && out < last; ++page) {
       *out = int32_t(page);
-      out += key > threshold || equal;
+      out += best.has(task.scratch[page - found.first]);
     }
   }
-  for (int64_t page = pages - recent; page < pages; ++page) *out++ = int32_t(page);
-  if (task.top_p < 1) out = task.selected + keep_mass(task, take, sink, recent);
+  for (int64_t page = pages - found.recent; page < pages; ++page) *out++ = int32_t(page);
+  if (task.top_p < 1) out = task.selected + keep_mass(task, found.take, found.sink, found.recent);
   for (int32_t* const stop = task.selected + task.max_page_budget; out < stop;) *out++ = -1;
+}
+
+// The pages about as near to the edge of the budget as half of it is wide: see reference.shortlist_pages.
+void shortlist_row(const SelectTask& task) {
+  const Competition found = competition_of(task);
+  const int64_t count = found.end - found.first, forced = task.pages - count, take = found.take;
+  int32_t* out = task.selected;
+  if (take > forced && take < task.pages) {
+    const int64_t begin = take / 2 > forced ? take / 2 - forced : 0;
+    const int64_t end = take + (take + 1) / 2 < task.pages ? take + (take + 1) / 2 - forced : count;
+    uint32_t* spare = competing_keys(task, found);
+    Best within(spare, count, end);
+    for (int64_t i = 0; i < count; ++i) spare[i] = task.scratch[i];
+    Best before(spare, count, begin);
+    int32_t* const last = out + end - begin;
+    for (int64_t page = found.first; page < found.end && out < last; ++page) {
+      const uint32_t key = task.scratch[page - found.first];
+      const bool sure = before.has(key);
+      *out = int32_t(page);
+      out += within.has(key) && !sure;
+    }
+  }
+  for (int32_t* const stop = task.selected + task.max_page_budget + 1; out < stop;) *out++ = -1;
 }

@@ -1,11 +1,10 @@
 // Attention over a row's chosen pages, split over the CTAs of its cluster and their warps, merged on chip.
 //
 // A warp takes 16 tokens at a time: while it works on K, the V of the same tokens arrives, and the other way round.
-// S = q K^T reads K as operand B with D permuted as in QueryFragment, and O^T = V^T P^T reads V as operand A, whose rows
-// (D) may come in any order and whose token pairs are put together by byte permutes. The accumulator of S is operand B
-// of the second product as it stands. Bytes: 4 D a token and KV head.
+// O^T = V^T P^T reads V as operand A, whose rows (D) may come in any order and whose token pairs are put together by byte
+// permutes. The accumulator of S (tiles.cuh) is operand B of the second product as it stands. Bytes: 4 D a token and KV head.
 #pragma once
-#include "score.cuh"
+#include "tiles.cuh"
 
 namespace quest {
 
@@ -23,7 +22,7 @@ class PageAttention {
  public:
   // Serves pages list[0] .. list[entries - 1], or all of the CTA's pages where `list` is null.
   __device__ __forceinline__ PageAttention(const DecodeParams& p, const Row& row, void* window, const int32_t* list, int entries)
-      : p_(p), row_(row), staging_(window), list_(list), tiles_(entries << (p.page_shift - kTileShift)) {
+      : p_(p), row_(row), tiles_(p, row, window, list, entries) {
 #pragma unroll
     for (int tile = 0; tile < kHeadTiles; ++tile) {
       top_[tile] = -INFINITY;
@@ -39,26 +38,24 @@ class PageAttention {
   // Attends, and leaves the row's output in p.out. In shared memory: `partial`, partial_floats<D>(rows), which may be the
   // window itself; `inbox`, rows * D floats that nothing else uses.
   __device__ __forceinline__ void run(const QueryFragment<D, kHeadTiles>& query, Shared& shared, float* partial, float* inbox) {
-    const int mine = tiles_ > warp_id() ? div_up(tiles_ - warp_id(), kWarps) : 0;  // tiles of this warp
-    Tile ahead = look_up(0);
-    Tile next = pick(ahead, 0);
-    fill_keys(next, 0 < mine);
-    fill_values(next, 0 < mine);
+    const int mine = tiles_.count();
+    Tile next = tiles_.next(0);
+    tiles_.fill_keys(0, next, 0 < mine);
+    tiles_.fill_values(1, next, 0 < mine);
 #pragma unroll 1
     for (int k = 0; k < mine; ++k) {
       const int tokens = next.tokens;
-      if ((k + 1) % 32 == 0) ahead = look_up(k + 1);
-      next = pick(ahead, k + 1);
-      float logits[2][4] = {};  // [token group][head n: tokens 2t, 2t + 1; head n + 8: the same]
+      next = tiles_.next(k + 1);
+      float logits[2][4] = {};
       Staging<D>::wait_all_but_one();
-      multiply_keys(query, logits);
-      fill_keys(next, k + 1 < mine);
+      tiles_.multiply_keys(0, query, logits);
+      tiles_.fill_keys(0, next, k + 1 < mine);
       uint32_t weights[kHeadTiles][2];
 #pragma unroll
       for (int head_tile = 0; head_tile < kHeadTiles; ++head_tile) soften(logits, head_tile, tokens, weights[head_tile]);
       Staging<D>::wait_all_but_one();
       multiply_values(weights);
-      fill_values(next, k + 1 < mine);
+      tiles_.fill_values(1, next, k + 1 < mine);
     }
     __syncthreads();  // the window is free for the merge
     mark(p_, 4);
@@ -69,82 +66,13 @@ class PageAttention {
   }
 
  private:
-  struct Tile {
-    int block, row, tokens;  // physical block, first row in it, tokens that exist
-  };
-
-  // Each lane looks up one of the warp's next 32 tiles, so that the look-ups' latency is paid once.
-  __device__ __forceinline__ Tile look_up(int k) const {
-    const int tile = (k + lane_id()) * kWarps + warp_id();
-    if (tile >= tiles_) return Tile{0, 0, 0};
-    const int entry = tile >> (p_.page_shift - kTileShift);
-    const int page = list_ == nullptr ? row_.page(entry) : list_[entry];
-    const int offset = (tile << kTileShift) & ((1 << p_.page_shift) - 1);
-    const int block = p_.block_table[row_.req * p_.table_req_stride + (page >> p_.block_shift)];
-    return Tile{block, ((page & ((1 << p_.block_shift) - 1)) << p_.page_shift) + offset,
-                max(0, min(kTileTokens, row_.seq_len - (page << p_.page_shift) - offset))};
-  }
-
-  __device__ __forceinline__ static Tile pick(const Tile& ahead, int k) {
-    return Tile{__shfl_sync(0xFFFFFFFFu, ahead.block, k % 32), __shfl_sync(0xFFFFFFFFu, ahead.row, k % 32),
-                __shfl_sync(0xFFFFFFFFu, ahead.tokens, k % 32)};
-  }
-
-  // One instruction: no stride of a cache is beyond 32 bits.
-  __device__ __forceinline__ static uint64_t wide(int count, int64_t stride) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(count)) * static_cast<uint32_t>(stride);
-  }
-
-  __device__ __forceinline__ void fill_keys(const Tile& tile, bool more) {
-    const T* rows = static_cast<const T*>(p_.keys) + wide(tile.block, p_.key_block_stride) +
-                    wide(row_.kv_head, p_.key_head_stride) + wide(tile.row, p_.key_row_stride);
-    if (more) staging_.template fill<KeyLayout>(0, rows, p_.key_row_stride, tile.tokens);
-    Staging<D>::commit();  // an empty group keeps the count
-  }
-
-  __device__ __forceinline__ void fill_values(const Tile& tile, bool more) {
-    const T* rows = static_cast<const T*>(p_.values) + wide(tile.block, p_.value_block_stride) +
-                    wide(row_.kv_head, p_.value_head_stride) + wide(tile.row, p_.value_row_stride);
-    if (more) staging_.template fill<ValueLayout>(1, rows, p_.value_row_stride, tile.tokens);
-    Staging<D>::commit();
-  }
-
-  __device__ __forceinline__ void multiply_keys(const QueryFragment<D, kHeadTiles>& query, float (&logits)[2][4]) {
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-      const uint4 q = query.part[0][j];
-      const uint4 q8 = kHeadTiles > 1 ? query.part[kHeadTiles - 1][j] : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 key = staging_.read_key(0, i, j);
-        Half<T>::mma(logits[i], q.x, q8.x, q.y, q8.y, key.x, key.y);
-        Half<T>::mma(logits[i], q.z, q8.z, q.w, q8.w, key.z, key.w);
-      }
-    }
-    __syncwarp();  // everybody has read the half
-  }
-
   // Online softmax, in powers of two: turns logits into weights and rescales what was gathered so far.
   __device__ __forceinline__ void soften(const float (&logits)[2][4], int head_tile, int tokens, uint32_t (&weights)[2]) {
-    const int t = lane_id() % 4;
     float x[2][2];
+    tiles_.scaled(logits, head_tile, tokens, x);
     float top = top_[head_tile];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        x[i][c] = logits[i][2 * head_tile + c] * (p_.scale * kLog2e);
-      }
-    }
-    if (p_.softcap > 0.f) cap(x);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        x[i][c] = 8 * i + 2 * t + c < tokens ? x[i][c] : -INFINITY;
-        top = fmaxf(top, x[i][c]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) top = fmaxf(top, x[i / 2][i % 2]);
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
     const float shift = top == -INFINITY ? 0.f : top;
@@ -159,15 +87,6 @@ class PageAttention {
     }
     mass_[head_tile] = mass_[head_tile] * decay + sum;
     if (__any_sync(0xFFFFFFFFu, decay != 1.f)) rescale(head_tile, decay);
-  }
-
-  // softcap * tanh(logit / softcap), in powers of two: tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x.
-  __device__ __forceinline__ void cap(float (&logits)[2][2]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& logit = logits[i / 2][i % 2];
-      logit = p_.softcap * kLog2e * (1.f - __fdividef(2.f, exp2_fast(__fdividef(2.f * logit, p_.softcap)) + 1.f));
-    }
   }
 
   // The accumulator's columns are heads 2t and 2t + 1, whose statistics lie in lanes 8t and 8t + 4.
@@ -188,7 +107,7 @@ class PageAttention {
     for (int j = 0; j < D / 64; ++j) {
       uint4 value[4];  // tokens 2t, 2t + 1, 2t + 8, 2t + 9; dims 64j + 8n .. + 7
 #pragma unroll
-      for (int i = 0; i < 4; ++i) value[i] = staging_.read_value(1, i, j);
+      for (int i = 0; i < 4; ++i) value[i] = tiles_.staging.read_value(1, i, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint32_t v0 = word(value[0], k), v1 = word(value[1], k), v2 = word(value[2], k), v3 = word(value[3], k);
@@ -289,9 +208,7 @@ class PageAttention {
 
   const DecodeParams& p_;
   const Row& row_;
-  Staging<D> staging_;
-  const int32_t* list_;
-  int tiles_;
+  TileReader<T, D, false> tiles_;
   float acc_[kHeadTiles][D / 16][4];  // [D tile][(d, head 2t), (d, head 2t + 1), (d + 1, 2t), (d + 1, 2t + 1)]
   float top_[kHeadTiles], mass_[kHeadTiles];
 };

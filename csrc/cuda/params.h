@@ -5,8 +5,9 @@
 namespace quest {
 
 enum PageSummary : int32_t { kMinMax = 0, kKeyCodes = 1 };
-// In the order of quest_vllm.config.POLICIES; the last is a row's own: its newest pages, whatever their scores.
-enum Policy : int32_t { kMax = 0, kMean = 1, kMass = 2, kPerQueryHead = 3, kWindow = 4 };
+// In the order of quest_vllm.config.POLICIES. The last two are a row's own: its newest pages, whatever their scores; and
+// kMass, but by their keys for pages whose scores leave open whether they are taken.
+enum Policy : int32_t { kMax = 0, kMean = 1, kMass = 2, kPerQueryHead = 3, kWindow = 4, kTwoStage = 5 };
 // Where a CTA's clock is read: start, inputs known, scored, selected, attended, done.
 constexpr int kMarks = 6;
 

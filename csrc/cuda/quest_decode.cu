@@ -5,6 +5,7 @@
 //
 // Compiled once per head_dim and number of warps: -DQUEST_HEAD_DIM=64, 128 or 256, -DQUEST_WARPS=8 or 16.
 #include "attend.cuh"
+#include "rerank.cuh"
 #include "score.cuh"
 #include "share.cuh"
 
@@ -16,6 +17,33 @@ __device__ __forceinline__ void store_scores(const DecodeParams& p, const Row& r
   row.each_page([&](int i) {
     if (i < row.count) global[row.page(i)] = buffer[i] * unit;
   });
+}
+
+// Whether some of the row's pages are ranked by their keys.
+__device__ __forceinline__ bool is_two_stage(const DecodeParams& p, const Row& row) {
+  return p.reduction == kMass && p.stages == (kScore | kSelect | kAttend) && policy_of(p, row.req) == kTwoStage;
+}
+
+// Where a CTA lists pages that do not fit its shared memory.
+__device__ __forceinline__ int32_t* spare_list(const DecodeParams& p, const Row& row) {
+  const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
+  return p.listed + row_index * (p.max_pages + kMaxCluster) + row.rank * row.most_owned();
+}
+
+// kTwoStage: the pages whose scores leave open whether they are taken get new ones, by their keys. Makes the row anew:
+// handed over, it stayed in registers while pages were scored, and made that spill.
+template <typename T, int D, int kHeadTiles>
+__device__ __forceinline__ void look_at_keys(const DecodeParams& p, const QueryFragment<D, kHeadTiles>& query, Shared& shared, char* window,
+                                             float* buffer, float2 range) {
+  const Row row = Row::make(p);
+  PageSelector better(row, shared, buffer), possible(row, shared, buffer);
+  better.find_threshold(range, row.certain());
+  PageSelector::clear_again(shared);
+  possible.find_threshold(range, row.possible());
+  const int32_t* list;
+  const int entries = list_pages(row, shared, spare_list(p, row), list, [&](int i) { return possible.chooses(i) && !better.chooses(i); });
+  PageReranker<T, D, kHeadTiles>(p, row, window, list, entries).run(query, shared, buffer);
+  PageSelector::clear_again(shared);
 }
 
 // Staging halves of all warps, or the partial outputs of the merge that takes their place.
@@ -58,9 +86,8 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   const int64_t row_index = static_cast<int64_t>(row.req) * p.num_select_heads + row.head;
   float* buffer = reinterpret_cast<float*>(window + window_bytes<D>(p.rows));
   float* inbox = buffer;
-  const int share = row.per_cta(row.total) + 1;  // a CTA owns at most so many pages
   if (p.score_scratch != nullptr) {
-    buffer = p.score_scratch + row_index * num_planes(p) * p.plane_pages + row.rank * (div_up(share, 8) * 8);
+    buffer = p.score_scratch + row_index * num_planes(p) * p.plane_pages + row.rank * (div_up(row.most_owned(), 8) * 8);
   } else {
     inbox += p.plane_pages;
   }
@@ -87,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
   int entries = row.count;
   if (p.stages != kScore && !row.dense) {
     const bool select = p.stages & kSelect;
-    if (select) selector.find_threshold(range);
+    if (crowded && competition && is_two_stage(p, row)) look_at_keys<T, D, kHeadTiles>(p, query, shared, window, buffer, range);
+    if (select) selector.find_threshold(range, row.ranked);
     if (const float top_p = top_p_of(p, row.req); select && row.ranked > 0 && top_p < 1.f) {
       by_mass.find(top_p, [&](int i) { return selector.chooses(i); });
     }
@@ -97,8 +125,7 @@ __global__ void __launch_bounds__(kThreads, kWarps == 8 && kHeadTiles == 1 && D 
         if (i < row.count) chosen[row.page(i)] = chooses(i);
       });
     }
-    int32_t* spare = p.listed + row_index * (p.max_pages + kMaxCluster) + row.rank * share;
-    entries = list_pages(row, shared, spare, list, [&](int i) {
+    entries = list_pages(row, shared, spare_list(p, row), list, [&](int i) {
       return select ? chooses(i) : i < row.count && chosen[row.page(i)];
     });
   }

@@ -30,14 +30,22 @@ class PageSelector {
     if (threadIdx.x == 0) shared.num_candidates = 0;
   }
 
-  // Finds what `chooses` compares with. `range` holds most of the scores, best all of them, and is the same in all CTAs.
-  // All threads of the row's CTAs call it.
-  __device__ __forceinline__ void find_threshold(float2 range) {
-    if (row_.ranked == 0 || row_.ranked == row_.last - row_.first) {
-      threshold_ = row_.ranked == 0 ? ~Key{0} : 0;
+  // Between two of them.
+  __device__ __forceinline__ static void clear_again(Shared& shared) {
+    __syncthreads();
+    clear(shared);  // a barrier lies behind every CTA's last look at the histograms
+    __syncthreads();
+  }
+
+  // Finds what `chooses` compares with, so that it takes `ranked` of the pages that compete. `range` holds most of the
+  // scores, best all of them, and is the same in all CTAs. All threads of the row's CTAs call it.
+  __device__ __forceinline__ void find_threshold(float2 range, int ranked) {
+    ties_ = false;
+    if (ranked == 0 || ranked == row_.last - row_.first) {
+      threshold_ = ranked == 0 ? ~Key{0} : 0;
       return;
     }
-    int need = row_.ranked;
+    int need = ranked;
     float2 members = make_float2(-INFINITY, INFINITY);  // values still in question
 #pragma unroll 1
     while (true) {
@@ -55,7 +63,7 @@ class PageSelector {
       // more equal scores than a level can hold: now the pages compete, the lower the better
       ties_ = true;
       tie_ = range.x;
-      need = row_.ranked;
+      need = ranked;
       members = make_float2(-INFINITY, INFINITY);
       range = make_float2(-static_cast<float>(row_.last), -static_cast<float>(row_.first));
     }

@@ -89,7 +89,8 @@ struct Row {
     row.ranked = row.take - recent - sink;
     // CTAs without work leave at once
     const int scored = row.dense ? 0 : row.total / 8;
-    const int work = scored + (row.take << (p.page_shift - kTileShift));
+    const int read = policy_of(p, row.req) == kTwoStage ? row.take + row.take / 2 : row.take;
+    const int work = scored + (read << (p.page_shift - kTileShift));
     const int worth = max(1, div_up(work, kMinimumWork));
     const int bits = 32 - __clz(worth - 1);
     if (1 << bits < row.size) {
@@ -118,6 +119,12 @@ struct Row {
     const int place = other + turn, all = static_cast<int>(gridDim.x);
     return place < all ? place : place - all;
   }
+
+  __device__ __forceinline__ int most_owned() const { return per_cta(total) + 1; }  // pages of a CTA, at most
+
+  // Of kTwoStage: how many of the pages that compete are better than its shortlist, and how many not worse than it.
+  __device__ __forceinline__ int certain() const { return max(take / 2 - (take - ranked), 0); }
+  __device__ __forceinline__ int possible() const { return min(take + (take + 1) / 2, total) - (take - ranked); }
 
   __device__ __forceinline__ bool competes(int page) const { return page >= first && page < last; }
 

@@ -1,4 +1,4 @@
-"""Chooses which implementation of the four operations runs. The only place where that is decided.
+"""Chooses which implementation of the operations runs. The only place where that is decided.
 
 An implementation asked for by name never falls back: it works or it raises. Only "auto" looks for the best one, and
 it says so when that is not the fastest kind.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quest_vllm.config import IMPLEMENTATIONS
+from quest_vllm.config import IMPLEMENTATIONS, POLICIES, TWO_STAGE
 from quest_vllm.errors import QuestError
 from quest_vllm.ops import packed, reference, torch_ops
 
@@ -41,9 +41,10 @@ class LayerShape:
 class Ops:
     """The operations of one implementation, with the signatures of :mod:`quest_vllm.ops.reference`.
 
-    ``quest_decode`` is the three decode operations in one call (see :func:`compose`). ``kv_writer``, where there is
-    one, makes what stores keys and values and updates the summaries in one launch (see
-    :class:`quest_vllm.ops.cuda.KvWriter`).
+    ``choose_pages`` is the selection, with the keys at hand for rows that want it in two stages (see
+    :func:`in_two_stages`), and ``quest_decode`` all decode operations in one call (see :func:`compose`).
+    ``kv_writer``, where there is one, makes what stores keys and values and updates the summaries in one launch (see
+    :class:`quest_vllm.ops.cuda.KvWriter`). ``choose_pages`` None: it is inside ``quest_decode`` alone.
     """
 
     name: str
@@ -52,15 +53,70 @@ class Ops:
     select_pages: Callable[..., torch.Tensor]
     sparse_paged_attention: Callable[..., torch.Tensor]
     quest_decode: Callable[..., torch.Tensor]
+    choose_pages: Callable[..., torch.Tensor] | None = None
     kv_writer: Callable[..., Callable[..., None]] | None = None
+
+
+def in_two_stages(
+    select_pages: Callable[..., torch.Tensor],
+    shortlist_pages: Callable[..., torch.Tensor],
+    rerank_pages: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """Return ``choose_pages``: ``select_pages``, by the keys of a shortlist where a row's policy is "two_stage".
+
+    Its positional arguments are ``page_scores``, ``log_sums``, ``query``, ``key_cache``, ``block_table``, ``seq_lens``
+    and ``page_budgets``, with the reference's shapes. Looks at ``policies``: on a GPU that waits for it.
+    """
+
+    def choose_pages(
+        page_scores: torch.Tensor,
+        log_sums: torch.Tensor | None,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        page_budgets: torch.Tensor,
+        *,
+        page_size: int,
+        max_page_budget: int,
+        scale: float,
+        softcap: float = 0.0,
+        sink_pages: int = 1,
+        recent_pages: int = 2,
+        top_p: torch.Tensor | None = None,
+        mass_scale: float = 1.0,
+        policies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = (seq_lens, page_budgets)
+        options: dict[str, Any] = {
+            "page_size": page_size,
+            "sink_pages": sink_pages,
+            "recent_pages": recent_pages,
+            "max_page_budget": max_page_budget,
+            "policies": policies,
+        }
+        if needs_log_sums(policies):
+            listed = shortlist_pages(page_scores, *rows, **options)
+            keys = (query, key_cache, block_table, seq_lens)
+            softened = {"page_size": page_size, "scale": scale, "softcap": softcap}
+            page_scores = rerank_pages(page_scores, log_sums, listed, *keys, **softened)
+        adaptive = {} if top_p is None else {"top_p": top_p, "mass_scale": mass_scale}
+        return select_pages(page_scores, *rows, **adaptive, **options)
+
+    return choose_pages
+
+
+def needs_log_sums(policies: torch.Tensor | None) -> bool:
+    """Whether a row's policy is "two_stage", so that ``choose_pages`` needs the ``log_sums`` of ``score_pages``."""
+    return policies is not None and bool((policies == POLICIES.index(TWO_STAGE)).any())
 
 
 def compose(
     score_pages: Callable[..., torch.Tensor],
-    select_pages: Callable[..., torch.Tensor],
+    choose_pages: Callable[..., torch.Tensor],
     sparse_paged_attention: Callable[..., torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
-    """Return ``quest_decode``: the composition of the three operations.
+    """Return ``quest_decode``: the composition of the operations.
 
     Its positional arguments are ``query``, ``key_cache``, ``value_cache``, ``summaries``, ``block_table``, ``seq_lens``
     and ``page_budgets``, with the reference's shapes; a row whose budget covers its context attends to all of it (or
@@ -94,13 +150,25 @@ def compose(
     ) -> torch.Tensor:
         rows = (block_table, seq_lens)
         common: dict[str, Any] = {"page_size": page_size, "policies": policies}
-        scoring = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
-        scores = score_pages(query, summaries, *rows, page_summary=page_summary, **scoring, **common)
-        options: dict[str, Any] = {"sink_pages": sink_pages, "recent_pages": recent_pages, **common}
-        if top_p is not None:
-            options |= {"top_p": top_p, "mass_scale": reference.mass_scale_of(group_reduction, scale, page_summary)}
-        width = block_table.shape[1] * summaries.shape[2]
-        selected = select_pages(scores, seq_lens, page_budgets, max_page_budget=width, **options)
+        scoring: dict[str, Any] = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
+        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(policies) else None
+        scores = score_pages(query, summaries, *rows, page_summary=page_summary, log_sums=log_sums, **scoring, **common)
+        selected = choose_pages(
+            scores,
+            log_sums,
+            query,
+            key_cache,
+            *rows,
+            page_budgets,
+            max_page_budget=scores.shape[2],
+            scale=scale,
+            softcap=softcap,
+            sink_pages=sink_pages,
+            recent_pages=recent_pages,
+            top_p=top_p,
+            mass_scale=reference.mass_scale_of(group_reduction, scale, page_summary),
+            **common,
+        )
         if taken is not None:
             taken.copy_((selected >= 0).sum(dim=-1))
         attended = sparse_paged_attention(
@@ -113,27 +181,37 @@ def compose(
 
 def _from_module(name: str, module: Any) -> Ops:
     stages = (module.score_pages, module.select_pages, module.sparse_paged_attention)
-    fused = getattr(module, "quest_decode", None) or compose(*stages)
-    return Ops(name, module.update_page_summaries, *stages, fused, getattr(module, "KvWriter", None))
+    if hasattr(module, "quest_decode"):
+        kv_writer = getattr(module, "KvWriter", None)
+        return Ops(name, module.update_page_summaries, *stages, module.quest_decode, kv_writer=kv_writer)
+    return _composed(name, module, module.update_page_summaries, module.rerank_pages, module.sparse_paged_attention)
 
 
 def _eager(name: str, module: Any, kv_format: str) -> Ops:
     """Wrap the reference or the plain PyTorch path; a packed cache needs the unpacking adapter."""
-    ops = _from_module(name, module)
     if kv_format == "rows":
-        return ops
+        return _from_module(name, module)
     from quest_vllm.ops.cpu import unpack_keys, unpack_values
 
-    update = functools.partial(packed.update_page_summaries, ops.update_page_summaries, unpack_keys, kv_format)
+    update = functools.partial(packed.update_page_summaries, module.update_page_summaries, unpack_keys, kv_format)
+    rerank = functools.partial(packed.rerank_pages, module.rerank_pages, unpack_keys, kv_format)
     attend = functools.partial(
-        packed.sparse_paged_attention, ops.sparse_paged_attention, unpack_keys, unpack_values, kv_format
+        packed.sparse_paged_attention, module.sparse_paged_attention, unpack_keys, unpack_values, kv_format
     )
-    return _packed(ops, name, update, attend)
+    return _composed(name, module, update, rerank, attend)
 
 
-def _packed(ops: Any, name: str, update: Callable[..., None], attend: Callable[..., torch.Tensor]) -> Ops:
-    fused = compose(ops.score_pages, ops.select_pages, attend)
-    return Ops(name, update, ops.score_pages, ops.select_pages, attend, fused)
+def _composed(
+    name: str,
+    module: Any,
+    update: Callable[..., None],
+    rerank: Callable[..., torch.Tensor],
+    attend: Callable[..., torch.Tensor],
+) -> Ops:
+    """``module``'s operations, with those of its that touch keys or values as given."""
+    score, select = module.score_pages, module.select_pages
+    choose = in_two_stages(select, module.shortlist_pages, rerank)
+    return Ops(name, update, score, select, attend, compose(score, choose, attend), choose)
 
 
 def _cpu(kv_format: str) -> Ops:
@@ -141,7 +219,9 @@ def _cpu(kv_format: str) -> Ops:
 
     cpu.load()
     update = functools.partial(cpu.update_page_summaries, kv_format=kv_format)
-    return _packed(cpu, "cpu", update, functools.partial(cpu.sparse_paged_attention, kv_format=kv_format))
+    attend = functools.partial(cpu.sparse_paged_attention, kv_format=kv_format)
+    rerank = functools.partial(cpu.rerank_pages, kv_format=kv_format)
+    return _composed("cpu", cpu, update, rerank, attend)
 
 
 def _triton() -> Ops:

@@ -1,4 +1,4 @@
-"""The four operations as C++ kernels for x86 (csrc/cpu), and vLLM-CPU's packing of keys and values in plain PyTorch.
+"""The operations as C++ kernels for x86 (csrc/cpu), and vLLM-CPU's packing of keys and values in plain PyTorch.
 
 Shapes, semantics and argument names are those of :mod:`quest_vllm.ops.reference`; ``kv_format`` says how keys and
 values lie inside a block's chunk. vLLM's name for it is the "isa" of ``cpu_attn_reshape_and_cache``; T is block_size:
@@ -11,7 +11,7 @@ values lie inside a block's chunk. vLLM's name for it is the "isa" of ``cpu_attn
 Summaries are plain rows in every format. Nothing here falls back: without the library every operation raises
 :class:`KernelsUnavailable`. Bad arguments raise RuntimeError with what was expected and what came. Beyond the
 reference, head_dim and page_size have to be multiples of 16 (at most 512), and the operations check that every block of
-a request lies inside the cache; selected pages past a request's end are skipped unread.
+a request lies inside the cache; listed and selected pages past a request's end are skipped unread.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ __all__ = [
     "load",
     "pack_keys",
     "pack_values",
+    "rerank_pages",
     "score_pages",
     "select_pages",
+    "shortlist_pages",
     "sparse_paged_attention",
     "unpack_keys",
     "unpack_values",
@@ -85,11 +87,14 @@ def score_pages(
     scale: float = 1.0,
     page_summary: str = "min_max",
     policies: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score each page from its summary: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end."""
-    scores: torch.Tensor = load().score_pages(
-        query, summaries, block_table, seq_lens, page_size, group_reduction, bound_radius, scale, page_summary, policies
-    )
+    """Score each page from its summary: ``[num_reqs, num_score_heads, max_pages]`` float32, -inf past the end.
+
+    ``log_sums`` ``[num_reqs, num_q_heads]`` float32, its last dimension contiguous, receives the heads' normalisers.
+    """
+    rows, scoring = (query, summaries, block_table, seq_lens), (group_reduction, bound_radius, scale, page_summary)
+    scores: torch.Tensor = load().score_pages(*rows, page_size, *scoring, policies, log_sums)
     return scores
 
 
@@ -112,6 +117,47 @@ def select_pages(
         page_scores, seq_lens, page_budgets, page_size, *forced, max_page_budget, top_p, mass_scale, policies
     )
     return selected
+
+
+def shortlist_pages(
+    page_scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    max_page_budget: int,
+    policies: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """List the pages that "two_stage" rows rank by keys: ``[num_reqs, num_score_heads, max_page_budget + 1]`` int32."""
+    listed: torch.Tensor = load().shortlist_pages(
+        page_scores, seq_lens, page_budgets, page_size, sink_pages, recent_pages, max_page_budget, policies
+    )
+    return listed
+
+
+def rerank_pages(
+    page_scores: torch.Tensor,
+    log_sums: torch.Tensor,
+    shortlist: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    kv_format: str = "rows",
+) -> torch.Tensor:
+    """Score the pages of a shortlist once more, by their keys: a copy of ``page_scores`` with theirs exchanged.
+
+    As with :func:`sparse_paged_attention`, a row's scores depend on its own arguments only, bit for bit.
+    """
+    rows = (log_sums, shortlist, query, key_cache, block_table, seq_lens)
+    scores: torch.Tensor = load().rerank_pages(page_scores, *rows, page_size, scale, softcap, kv_format)
+    return scores
 
 
 def sparse_paged_attention(

@@ -7,6 +7,7 @@ PyTorch path do not, so this adapter hands them compact row-layout copies. Corre
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,6 +37,32 @@ def update_page_summaries(
     summaries[blocks] = compact
 
 
+def _compact(block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks that the requests use, and a block table of places among them."""
+    used = torch.arange(block_table.shape[1], device=block_table.device) * block_size < seq_lens[:, None]
+    blocks, inverse = torch.unique(torch.where(used, block_table, 0).long(), return_inverse=True)
+    return blocks, inverse.int()
+
+
+def rerank_pages(
+    operation: Callable[..., torch.Tensor],
+    unpack_keys: Unpack,
+    kv_format: str,
+    page_scores: torch.Tensor,
+    log_sums: torch.Tensor,
+    shortlist: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Apply ``operation`` to row-layout copies of the keys of the blocks that the requests use."""
+    blocks, table = _compact(block_table, seq_lens, key_cache.shape[2])
+    keys = unpack_keys(key_cache[blocks], kv_format)
+    return operation(page_scores, log_sums, shortlist, query, keys, table, seq_lens, **options)
+
+
 def sparse_paged_attention(
     operation: Callable[..., torch.Tensor],
     unpack_keys: Unpack,
@@ -53,14 +80,12 @@ def sparse_paged_attention(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Apply ``operation`` to row-layout copies of the blocks that the requests use."""
-    block_size = key_cache.shape[2]
-    used = torch.arange(block_table.shape[1], device=block_table.device) * block_size < seq_lens[:, None]
-    blocks, inverse = torch.unique(torch.where(used, block_table, 0).long(), return_inverse=True)
+    blocks, table = _compact(block_table, seq_lens, key_cache.shape[2])
     return operation(
         query,
         unpack_keys(key_cache[blocks], kv_format),
         unpack_values(value_cache[blocks], kv_format),
-        inverse.int(),
+        table,
         seq_lens,
         selected_pages,
         page_size=page_size,

@@ -1,4 +1,4 @@
-"""Eager PyTorch reference of the four operations: it defines what is correct.
+"""Eager PyTorch reference of the operations: it defines what is correct.
 
 Knows tensors only: nothing of vLLM, of devices or of speed. Every kernel is tested against it, and it is tested
 against dense attention. Arithmetic is float32 whatever the inputs' dtype (float64 stays float64).
@@ -11,6 +11,7 @@ Shapes used throughout:
     block_table             [num_reqs, max_blocks] int32
     seq_lens, page_budgets  [num_reqs] int32
     policies                [num_reqs] int32, places in quest_vllm.config.POLICIES; None: every row the call's own
+    log_sums                [num_reqs, num_q_heads] float32, log of the mass that a head's pages are estimated to hold
     page_scores             [num_reqs, num_score_heads, max_pages] float32
     selected_pages          [num_reqs, num_score_heads, max_page_budget] int32, ascending, -1 padded
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from quest_vllm.config import GROUP_REDUCTIONS, PAGE_SUMMARIES, POLICIES, WINDOW
+from quest_vllm.config import GROUP_REDUCTIONS, PAGE_SUMMARIES, POLICIES, TWO_STAGE, WINDOW
 from quest_vllm.ops import key_codes
 
 
@@ -106,14 +107,19 @@ def split_query(query: torch.Tensor, bound_radius: float) -> tuple[torch.Tensor,
     return near * negative + far * positive, far * negative + near * positive
 
 
-def group_mass(logits: torch.Tensor) -> torch.Tensor:
+def group_mass(logits: torch.Tensor, log_sums: torch.Tensor | None = None) -> torch.Tensor:
     """Log of the softmax over pages, summed over the heads: ``[..., group, pages]`` to ``[..., pages]``.
 
-    In log space, so that no page's mass underflows into a tie. A head's NaNs are left out of its normaliser.
+    In log space, so that no page's mass underflows into a tie. ``log_sums`` ``[..., group]`` are the heads'
+    normalisers, :func:`log_sum` of ``logits`` unless given.
     """
-    lse = logits.masked_fill(logits.isnan(), float("-inf")).logsumexp(dim=-1, keepdim=True)
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)  # no page has mass: keep -inf, not NaN
-    return (logits - lse).logsumexp(dim=-2)
+    return (logits - (log_sum(logits) if log_sums is None else log_sums)[..., None]).logsumexp(dim=-2)
+
+
+def log_sum(logits: torch.Tensor) -> torch.Tensor:
+    """Log of a head's mass over its pages, ``[..., pages]`` to ``[...]``; NaNs are left out."""
+    total = logits.masked_fill(logits.isnan(), float("-inf")).logsumexp(dim=-1)
+    return total.masked_fill(total == float("-inf"), 0.0)  # no page has mass: keep -inf, not NaN
 
 
 def score_pages(
@@ -128,6 +134,7 @@ def score_pages(
     scale: float = 1.0,
     page_summary: str = "min_max",
     policies: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each page from its summary.
 
@@ -145,7 +152,8 @@ def score_pages(
     (:func:`quest_vllm.ops.key_codes.page_logits`): ``scale`` is inside it, and ``bound_radius`` has no meaning.
 
     Where the reduction is "mass", ``policies`` lets a row have "max" or "mean" instead, of ``s``: logs of mass, as the
-    others' scores are. What a row with the policy "window" scores has no meaning.
+    others' scores are. A row with the policy "two_stage" has the mass; what one with "window" scores has no meaning.
+    ``log_sums``, as above, receives the heads' normalisers there, for :func:`rerank_pages`.
 
     Pages past the end of a request score -inf. Returns ``[num_reqs, num_score_heads, max_pages]`` float32. Raises
     ``ValueError`` for an unknown reduction and a radius outside [0, 1].
@@ -171,7 +179,10 @@ def score_pages(
         scores = bound.mean(dim=2)
     elif group_reduction == "mass":
         logits = (bound * scale).masked_fill(~valid[:, None, None, :], float("-inf"))
-        scores = group_mass(logits)
+        sums = log_sum(logits)
+        scores = group_mass(logits, sums)
+        if log_sums is not None:
+            log_sums.copy_(sums.flatten(1))
         if policies is not None:
             for name, joined in (("max", logits.amax(dim=2)), ("mean", logits.mean(dim=2))):
                 scores = torch.where((policies == POLICIES.index(name))[:, None, None], joined, scores)
@@ -224,33 +235,78 @@ def select_pages(
     A row whose entry of ``policies`` is "window" takes the newest pages instead, but for ``sink_pages`` of its budget;
     none of its pages competes.
     """
-    num_reqs, num_heads, max_pages = page_scores.shape
-    device = page_scores.device
     total = num_pages(seq_lens, page_size).long()[:, None]  # [num_reqs, 1]
-    index = torch.arange(max_pages, device=device)[None, :]
     take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)  # [num_reqs, 1]
     newest = torch.full_like(take, recent_pages)
     if policies is not None:
         is_window = (policies == POLICIES.index(WINDOW))[:, None]
         newest = torch.where(is_window, (take - sink_pages).clamp(min=recent_pages), newest)
+    ranked, num_forced = _rank_pages(page_scores, total, sink_pages, newest)
+    ranked = ranked[..., :max_page_budget]
+    if top_p is not None:
+        needed = _pages_for_mass(page_scores.gather(-1, ranked) * mass_scale, take, top_p)
+        take = torch.maximum(needed, torch.minimum(num_forced, take))  # [num_reqs, num_heads]
+    kept = torch.arange(ranked.shape[-1], device=ranked.device) < take[:, :, None]
+    return _ascending(ranked, kept, max_page_budget)
+
+
+def shortlist_pages(
+    page_scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_budgets: torch.Tensor,
+    *,
+    page_size: int,
+    sink_pages: int = 1,
+    recent_pages: int = 2,
+    max_page_budget: int,
+    policies: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of rows with the policy "two_stage": the pages that an error of their scores may bring into the budget or out.
+
+    Where a row takes ``n`` pages, those are the pages between rank ``n // 2`` and rank ``n + (n + 1) // 2``, as
+    :func:`select_pages` ranks them, but for forced pages: up to ``n + 1``. Rows that take forced pages alone, or all of
+    their pages, and those of other policies have none. Returns ``[num_reqs, num_score_heads, max_page_budget + 1]``
+    int32, ascending, -1 padded, for :func:`rerank_pages`.
+    """
+    total = num_pages(seq_lens, page_size).long()[:, None]
+    take = torch.minimum(page_budgets.long()[:, None], total).clamp(max=max_page_budget)
+    ranked, num_forced = _rank_pages(page_scores, total, sink_pages, torch.full_like(take, recent_pages))
+    rank = torch.arange(ranked.shape[-1], device=ranked.device)
+    begin, end = torch.maximum(take // 2, num_forced), torch.minimum(take + (take + 1) // 2, total)
+    is_open = (take > num_forced) & (take < total)
+    listed = (rank >= begin[:, :, None]) & (rank < end[:, :, None]) & is_open[:, :, None]
+    if policies is None:
+        listed = torch.zeros_like(listed)
+    else:
+        listed = listed & (policies == POLICIES.index(TWO_STAGE))[:, None, None]
+    return _ascending(ranked, listed.expand_as(ranked), max_page_budget + 1)
+
+
+def _rank_pages(
+    page_scores: torch.Tensor, total: torch.Tensor, sink_pages: int, newest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pages, best first, and how many of them are forced: ``[num_reqs, num_heads, max_pages]``, ``[num_reqs, 1]``.
+
+    ``total`` and ``newest`` are ``[num_reqs, 1]``. Newest pages first, then sinks, oldest first, then by score.
+    """
+    index = torch.arange(page_scores.shape[2], device=page_scores.device)[None, :]
     recent = (index >= total - newest) & (index < total)
     sink = (index < sink_pages) & (index < total)
-    # rank order: recent (newest first), sink (oldest first), then by score
     tier = torch.where(recent, 2, torch.where(sink, 1, 0))
-    tier = tier.masked_fill(index >= total, -1)[:, None, :].expand(-1, num_heads, -1)
+    tier = tier.masked_fill(index >= total, -1)[:, None, :].expand_as(page_scores)
     scores = page_scores.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     scores = torch.where(tier == 2, index[None].to(scores.dtype), scores.masked_fill(tier == 1, 0.0))
     by_score = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     by_tier = torch.sort(tier.gather(-1, by_score), dim=-1, descending=True, stable=True).indices
-    ranked = by_score.gather(-1, by_tier)[..., :max_page_budget]
-    if top_p is not None:
-        forced = torch.minimum((tier[:, 0] > 0).sum(dim=-1, keepdim=True), take)
-        needed = _pages_for_mass(page_scores.gather(-1, ranked) * mass_scale, take, top_p)
-        take = torch.maximum(needed, forced)  # [num_reqs, num_heads]
-    kept = torch.arange(ranked.shape[-1], device=device)[None, None, :] < take[:, :, None]
-    ascending = torch.where(kept, ranked, max_pages).sort(dim=-1).values
-    selected = torch.full((num_reqs, num_heads, max_page_budget), -1, dtype=torch.int32, device=device)
-    selected[..., : ranked.shape[-1]] = torch.where(ascending < max_pages, ascending, -1).int()
+    return by_score.gather(-1, by_tier), (recent | sink).sum(dim=-1, keepdim=True)
+
+
+def _ascending(ranked: torch.Tensor, kept: torch.Tensor, width: int) -> torch.Tensor:
+    """Those of ``ranked [..., pages]`` that are ``kept``, as ``[..., width]`` int32, ascending, -1 padded."""
+    nowhere = torch.iinfo(ranked.dtype).max
+    pages = torch.where(kept, ranked, nowhere).sort(dim=-1).values[..., :width]
+    selected = torch.full((*ranked.shape[:-1], width), -1, dtype=torch.int32, device=ranked.device)
+    selected[..., : pages.shape[-1]] = torch.where(pages < nowhere, pages, -1).int()
     return selected
 
 
@@ -265,6 +321,47 @@ def _pages_for_mass(ranked_log_mass: torch.Tensor, take: torch.Tensor, top_p: to
     wanted = top_p.double()[:, None, None]
     reached = in_budget & (share >= wanted) & (wanted < 1)
     return torch.where(reached, index, take[:, :, None]).amin(dim=-1) if len(index) else take
+
+
+def rerank_pages(
+    page_scores: torch.Tensor,
+    log_sums: torch.Tensor,
+    shortlist: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """The scores again, of the pages on each row's shortlist by their keys.
+
+    ``page_scores`` and ``log_sums`` are :func:`score_pages`' with the reduction "mass", ``shortlist`` ``[num_reqs,
+    num_kv_heads, width]`` int32 is :func:`shortlist_pages`'; entries below 0 are skipped. A listed page's score becomes
+    the log of the attention mass that its keys really hold, each head's over the mass that all pages are estimated to
+    hold, summed over the group; any other page keeps its own. Returns the shape and dtype of ``page_scores``. Reads
+    ``2 * head_dim * page_size`` bytes of 16-bit keys a listed page.
+    """
+    scores = page_scores.clone()
+    num_kv_heads, block_size, head_dim = key_cache.shape[1:]
+    offsets = torch.arange(page_size, device=query.device)
+    heads = torch.arange(num_kv_heads, device=query.device)[:, None]
+    for row in (shortlist >= 0).flatten(1).any(dim=1).nonzero().flatten().tolist():
+        listed = shortlist[row].long()  # [num_kv_heads, width]
+        absent = listed < 0
+        tokens = (listed.clamp(min=0)[:, :, None] * page_size + offsets).flatten(1)
+        hidden = absent.repeat_interleave(page_size, dim=1) | (tokens >= seq_lens[row])
+        keys = _wide(key_cache[block_table[row].long()[tokens // block_size], heads, tokens % block_size])
+        logits = torch.einsum("hgd,htd->hgt", _wide(query[row]).view(num_kv_heads, -1, head_dim), keys) * scale
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(hidden[:, None], float("-inf")).unflatten(-1, (-1, page_size)).logsumexp(dim=-1)
+        mass = group_mass(logits, log_sums[row].view(num_kv_heads, -1)).to(scores.dtype)
+        again = torch.nn.functional.pad(scores[row], (0, 1))  # what is absent: a last page
+        scores[row] = again.scatter(1, torch.where(absent, scores.shape[2], listed), mass)[:, :-1]
+    return scores
 
 
 def mass_scale_of(group_reduction: str, scale: float, page_summary: str) -> float:

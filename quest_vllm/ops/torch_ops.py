@@ -9,9 +9,23 @@ from __future__ import annotations
 import torch
 
 from quest_vllm.ops import key_codes
-from quest_vllm.ops.reference import check_page_summary, page_table, score_pages, select_pages
+from quest_vllm.ops.reference import (
+    check_page_summary,
+    page_table,
+    rerank_pages,
+    score_pages,
+    select_pages,
+    shortlist_pages,
+)
 
-__all__ = ["score_pages", "select_pages", "sparse_paged_attention", "update_page_summaries"]
+__all__ = [
+    "rerank_pages",
+    "score_pages",
+    "select_pages",
+    "shortlist_pages",
+    "sparse_paged_attention",
+    "update_page_summaries",
+]
 
 
 def update_page_summaries(

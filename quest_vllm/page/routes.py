@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import TWO_STAGE, WINDOW, QuestConfig
 from quest_vllm.metrics_files import metrics_dir
 from quest_vllm.page.trace import MAX_TRACE, TraceReader
 from quest_vllm.runtime import active_config
@@ -97,7 +97,8 @@ async def _trace(request: Any) -> Any:
 def describe(vllm_config: Any, config: QuestConfig) -> dict[str, Any]:
     """What the page needs to know of the server: budgets, and the sizes that the byte model takes.
 
-    ``map`` says whether the worker can record the pages that were attended.
+    ``map`` says whether the worker can record the pages that were attended; ``scores_pages`` and ``reads_keys``: what
+    requests without a policy choose theirs by.
     """
     from quest_vllm import compat
 
@@ -112,6 +113,8 @@ def describe(vllm_config: Any, config: QuestConfig) -> dict[str, Any]:
         "by_layer": bool(config.layer_shares),
         "kv_heads": model.get_total_num_kv_heads(),
         "select_heads": "query" if config.group_reduction == "per_query_head" else "KV",
+        "scores_pages": config.own_policy != WINDOW,
+        "reads_keys": config.own_policy == TWO_STAGE,
         "vector_bytes": 2 * model.get_head_size() * model.dtype.itemsize,
         "map": compat.is_cpu_platform(),
     }

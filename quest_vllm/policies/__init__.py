@@ -1,8 +1,9 @@
 """How a decode step's pages are chosen: one small file a policy, behind one interface.
 
 Served are :class:`BoundPolicy` and :class:`KeyCodesPolicy`, of which a server has one, and by request
-:class:`WindowPolicy` or another ``group_reduction``: every implementation has their operations. The others are written
-in PyTorch and exist to measure how far those are from what could be had; no backend offers them.
+:class:`WindowPolicy`, :class:`TwoStagePolicy` on the server's own, or another ``group_reduction``: every implementation
+has their operations. The others are written in PyTorch and exist to measure how far those are from what could be had;
+no backend offers them.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class BoundPolicy:
     bound_radius: float = 1.0
     top_p: float = 1.0
 
-    def scores(self, step: DecodeStep) -> torch.Tensor:
-        """``page_scores [num_reqs, num_score_heads, max_pages]`` float32."""
+    def scores(self, step: DecodeStep, log_sums: torch.Tensor | None = None) -> torch.Tensor:
+        """``page_scores [num_reqs, num_score_heads, max_pages]`` float32; ``log_sums`` as in the reference."""
         return self.ops.score_pages(
             step.query,
             step.summaries,
@@ -35,6 +35,7 @@ class BoundPolicy:
             group_reduction=self.group_reduction,
             bound_radius=self.bound_radius,
             scale=step.scale,
+            log_sums=log_sums,
         )
 
     def choose(self, step: DecodeStep) -> torch.Tensor:

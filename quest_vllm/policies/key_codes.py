@@ -27,8 +27,8 @@ class KeyCodesPolicy:
     top_p: float = 1.0
     page_summary: ClassVar[str] = "key_codes"
 
-    def scores(self, step: DecodeStep) -> torch.Tensor:
-        """``page_scores [num_reqs, num_score_heads, max_pages]`` float32."""
+    def scores(self, step: DecodeStep, log_sums: torch.Tensor | None = None) -> torch.Tensor:
+        """``page_scores [num_reqs, num_score_heads, max_pages]`` float32; ``log_sums`` as in the reference."""
         return self.ops.score_pages(
             step.query,
             step.summaries,
@@ -37,6 +37,7 @@ class KeyCodesPolicy:
             page_size=step.page_size,
             group_reduction=self.group_reduction,
             scale=step.scale,
+            log_sums=log_sums,
             page_summary=self.page_summary,
         )
 

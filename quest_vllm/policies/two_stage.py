@@ -1,4 +1,4 @@
-"""A shortlist by the bound, ranked again by the mass that its keys really hold."""
+"""Pages whose scores leave it open whether the budget takes them, ranked again by the mass that their keys hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quest_vllm.ops.reference import group_mass
+from quest_vllm.ops.reference import group_mass, num_pages
 from quest_vllm.policies.base import DecodeStep
 from quest_vllm.policies.bound import BoundPolicy, select
 from quest_vllm.policies.key_codes import KeyCodesPolicy
@@ -16,19 +16,30 @@ from quest_vllm.policies.oracle import page_logits
 
 @dataclass(frozen=True)
 class TwoStagePolicy:
-    """``first`` chooses ``shortlist`` times the budget; of those, the pages with the most mass are attended to.
+    """Of the pages that ``first`` ranks from ``certain`` to ``shortlist`` times the budget the keys are read.
 
-    Mass is relative to the shortlist, which changes no row's order under one query head and holds nearly all of it
-    under several. A shortlist of all pages makes this the oracle. Reads the keys of the shortlist beside the summaries,
-    so compare it at equal bytes.
+    Those pages are then ranked by their exact masses, each head's relative to what ``first`` estimates that all pages
+    hold, and all others by the estimates; heads of a group have to be joined by "mass". With ``certain`` 0 and a
+    shortlist of all pages this is the oracle, but for the weights of a group's heads where the estimate of all pages is
+    off. A row whose budget covers its context reads no key to choose.
+
+    The default is what rows with the policy "two_stage" are served with: see
+    :func:`quest_vllm.ops.reference.shortlist_pages`. It reads as many pages' keys as the budget has pages, beside the
+    summaries and the keys and values of the selected pages. ``top_p`` as in :class:`KeyCodesPolicy`.
     """
 
     first: BoundPolicy | KeyCodesPolicy
-    shortlist: float = 4.0
+    shortlist: float = 1.5
+    certain: float = 0.5
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.shortlist >= 1:
             raise ValueError(f"shortlist: expected 1 or more times the budget, got {self.shortlist!r}")
+        if not 0 <= self.certain <= 1:
+            raise ValueError(f"certain: expected a share of the budget, from 0 to 1, got {self.certain!r}")
+        if self.first.group_reduction != "mass":
+            raise ValueError(f"first: expected scores joined by 'mass', got {self.first.group_reduction!r}")
 
     @property
     def page_summary(self) -> str:
@@ -37,16 +48,28 @@ class TwoStagePolicy:
 
     def choose(self, step: DecodeStep) -> torch.Tensor:
         """See :class:`quest_vllm.policies.base.PagePolicy`."""
-        max_pages = step.block_table.shape[1] * step.summaries.shape[2]
-        budgets = (step.page_budgets * self.shortlist).ceil().clamp(max=max_pages).int()
-        wide = replace(step, page_budgets=budgets, max_page_budget=int(budgets.max()) if len(budgets) else 0)
-        listed = self.first.choose(wide).long()
-        absent = torch.ones((*listed.shape[:2], max_pages + 1), dtype=torch.bool, device=listed.device)
-        absent.scatter_(-1, torch.where(listed < 0, max_pages, listed), False)  # padding: a last page
-        mass = group_mass(page_logits(step).masked_fill(absent[..., None, :max_pages], float("-inf")))
-        return select(self.first.ops, mass, step)
+        log_sums = torch.empty(step.query.shape[:2], device=step.query.device)
+        scores = self.first.scores(step, log_sums)
+        exact = page_logits(step)
+        mass = group_mass(exact, log_sums.view(exact.shape[:3]))
+        pages = num_pages(step.seq_lens, step.page_size)
+        take = torch.minimum(step.page_budgets.long(), pages)
+        listed = self._best(step, scores, (take * self.shortlist).ceil()) & (take < pages)[:, None, None]
+        forced = step.sink_pages + step.recent_pages
+        known = self._best(step, scores, (take * self.certain).floor().clamp(min=forced))
+        return select(self.first.ops, torch.where(listed & ~known, mass, scores), step, self.top_p)
+
+    def _best(self, step: DecodeStep, scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Whether a page is among the ``counts [num_reqs]`` best of its row, forced ones first; as ``scores``."""
+        width = scores.shape[2]
+        wide = replace(step, page_budgets=counts.clamp(max=width).int(), max_page_budget=width)
+        pages = select(self.first.ops, scores, wide).long()
+        flags = torch.zeros((*scores.shape[:2], width + 1), dtype=torch.bool, device=scores.device)
+        return flags.scatter_(-1, torch.where(pages < 0, width, pages), True)[..., :width]  # padding: a last page
 
     def bytes_read(self, num_pages: int, page_budget: int, page_bytes: int, summary_bytes: int) -> int:
-        """See :class:`quest_vllm.policies.base.PagePolicy`: the keys of selected pages are read twice."""
-        keys = min(num_pages, math.ceil(page_budget * self.shortlist)) * page_bytes // 2
-        return self.first.bytes_read(num_pages, page_budget, page_bytes, summary_bytes) + keys
+        """See :class:`quest_vllm.policies.base.PagePolicy`: listed keys that are chosen are read twice."""
+        take = min(num_pages, page_budget)
+        listed = min(num_pages, math.ceil(take * self.shortlist)) - math.floor(take * self.certain)
+        read = listed if take < num_pages else 0
+        return self.first.bytes_read(num_pages, page_budget, page_bytes, summary_bytes) + read * page_bytes // 2

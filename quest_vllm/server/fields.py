@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quest_vllm.budget import ABSENT, POLICY_XARG, TOP_P_XARG, XARG, BudgetLimits, check_together, shown
-from quest_vllm.config import WINDOW
+from quest_vllm.config import TWO_STAGE, WINDOW
 from quest_vllm.errors import QuestValueError
 from quest_vllm.server.asgi import Refusal
 from quest_vllm.server.guards import refuse_crashing
@@ -59,11 +59,11 @@ class SparseAttention(BaseModel):
     policy: str = Field(
         default_factory=str,
         description=(
-            'How a decode step chooses its pages: "window", the first and the newest whatever the query, or how the '
-            "scores of the query heads that share a KV head are joined. Without it, the server's own. "
-            "GET /v1/sparse_attention lists the legal names."
+            'How a decode step chooses its pages: "window", the first and the newest whatever the query; "two_stage", '
+            "by their keys where their scores leave it open; or how the scores of the query heads that share a KV head "
+            "are joined. Without it, the server's own. GET /v1/sparse_attention lists the legal names."
         ),
-        examples=[WINDOW],
+        examples=[TWO_STAGE, WINDOW],
     )
 
 

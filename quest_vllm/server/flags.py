@@ -104,7 +104,10 @@ def check_configuration(theirs: Sequence[str], environment: Mapping[str, str]) -
             additional = json.loads(value if equals else "".join(theirs[place + 1 : place + 2]))
         except ValueError:  # vLLM says what is wrong with it
             return
-    config = load_config(additional if isinstance(additional, dict) else None, environment)
+    model = theirs[0] if theirs and not theirs[0].startswith("-") else None
+    config = load_config(additional if isinstance(additional, dict) else None, environment, model)
+    if model is not None:
+        config.resolved()  # a policy that is legal anywhere is so where nothing is against key codes
     if config.metrics_dir:
         from quest_vllm.metrics_files import make_directory  # wants prometheus_client, which comes with vLLM
 

@@ -70,7 +70,8 @@ def count_usage(
     layer_pages = budgets.rows(rows.page_budgets, rows.num_pages) if budgets else rows.page_budgets[None]
     layers = len(layer_pages)
     traffic = measure_traffic(rows, seq_lens, config.page_size, layer_pages=layer_pages)
-    attended = (traffic.vectors_read - traffic.summaries_read) / layers  # a summary is one vector a page
+    # a summary is one vector a page, a key half of one
+    attended = (traffic.vectors_read - traffic.summaries_read - traffic.keys_listed / 2) / layers
     pages = traffic.pages_selected / layers
     adaptive = int(rows.adaptive.sum())
     known = adaptive == 0 or (tally is not None and tally.steps > 0)
@@ -81,7 +82,7 @@ def count_usage(
     return SparseUsage(
         token_budget=token_budget,
         top_p=top_p,
-        policy=policy or config.group_reduction,
+        policy=policy or config.own_policy,
         mean_tokens_attended=round(attended / steps, 2) if steps and known else None,
         pages_selected=round(pages) if known else None,
         pages_available=traffic.pages_available // layers + int(rows.num_pages[rows.adaptive].sum()),

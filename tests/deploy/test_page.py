@@ -111,9 +111,9 @@ def cards(browser: Browser) -> list[dict[str, Any]]:
     return shown
 
 
-def model_bytes(context: int, budget: int) -> int:
+def model_bytes(context: int, budget: int, policy: str = "auto") -> float:
     """The byte model of quest_vllm.metadata over all layers, for one request and one step."""
-    config, one = QuestConfig(), np.array([1], dtype=np.int32)
+    config, one = QuestConfig(policy=policy), np.array([1], dtype=np.int32)
     lengths = np.array([context], dtype=np.int32)
     rows = classify_rows(one, lengths, np.array([False]), np.array([budget], dtype=np.int32), config)
     vectors = measure_traffic(rows, lengths, config.page_size).vectors_read
@@ -163,9 +163,11 @@ def test_the_browsers_byte_model_is_pythons(browser: Browser, deployed: Server) 
     info = get(deployed, "/v1/quest/info")
     lengths, budgets = (1, 47, 48, 49, 500, 4095, 4096, 8192), (0, 48, 60, 512, 8192)
     cases = [(context, budget) for context in lengths for budget in budgets]
-    each = f"{json.dumps(cases)}.map((numbers) => module.stepBytes({json.dumps(info)}, ...numbers).read)"
-    seen = browser.run(f"import('./quest/bytes.js').then((module) => {each})")
-    assert seen == [model_bytes(context, budget) for context, budget in cases]
+    for policy, own in (("auto", {}), ("window", {"scores_pages": False}), ("two_stage", {"reads_keys": True})):
+        told = json.dumps(info | own)
+        each = f"{json.dumps(cases)}.map((numbers) => module.stepBytes({told}, ...numbers).read)"
+        seen = browser.run(f"import('./quest/bytes.js').then((module) => {each})")
+        assert seen == [model_bytes(context, budget, policy) for context, budget in cases]
 
 
 def keep(browser: Browser, tmp_path: Path, name: str) -> None:

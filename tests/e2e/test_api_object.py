@@ -106,7 +106,7 @@ def test_top_p_reads_less_and_the_reply_says_how_much(api: Api) -> None:
     assert abs(total / observed - usage["mean_tokens_attended"]) < 0.01
 
 
-@pytest.mark.parametrize("policy", [None, "mass", "max", "mean", "window"])
+@pytest.mark.parametrize("policy", [None, "mass", "max", "mean", "two_stage", "window"])
 @pytest.mark.parametrize("ours", [True, False], ids=["object", "xargs"])
 def test_a_reply_names_the_policy_in_force(api: Api, policy: str | None, ours: bool) -> None:
     counters = Counters(api)
@@ -234,7 +234,7 @@ def test_aliases(api: Api) -> None:
         ({"sparse_atention": {"token_budget": 512}}, ["did you mean 'sparse_attention'"]),
         (sparse(512) | {"vllm_xargs": {"quest_token_budget": 1024}}, ["512", "1024", "same budget"]),
         ({"sparse_attention": {"policy": "windw"}}, ["sparse_attention.policy", "'mass', 'max'", "got 'windw'"]),
-        ({"vllm_xargs": {"quest_policy": 3}}, ["vllm_xargs.quest_policy", "'mean', 'window'", "got 3"]),
+        ({"vllm_xargs": {"quest_policy": 3}}, ["vllm_xargs.quest_policy", "'mean', 'two_stage', 'window'", "got 3"]),
         (
             {"sparse_attention": {"policy": "window"}, "vllm_xargs": {"quest_policy": "max"}},
             ["vllm_xargs.quest_policy", "same policy as sparse_attention.policy, 'window'", "got 'max'"],
@@ -306,7 +306,7 @@ def test_the_route_describes_the_server(api: Api) -> None:
         "dense_allowed": True,
         "override_allowed": True,
     }
-    assert answer["policies"] == ["mass", "max", "mean", "window"]
+    assert answer["policies"] == ["mass", "max", "mean", "two_stage", "window"]
     assert answer["page_size"] == 16 and answer["policy"]["sink_pages"] == 1
     # what "auto" became there
     assert (answer["policy"]["page_summary"], answer["policy"]["group_reduction"]) == ("key_codes", "mass")

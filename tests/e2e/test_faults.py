@@ -62,7 +62,8 @@ def test_a_full_disk_changes_nothing(server: Server, disk: Path) -> None:
     assert ask(server, 128).usage.sparse_attention["pages_selected"] == 7 * 8
     assert 0 < ask(server, 256, top_p=0.5).usage.sparse_attention["mean_tokens_attended"] <= 256
     assert server.metrics()['quest_decode_rows_total{path="sparse",reason="budget"}'] == before + 2 * 7
-    assert ask(server, 128, policy="window").usage.sparse_attention["policy"] == "window"
+    for policy in ("window", "two_stage"):
+        assert ask(server, 128, policy=policy).usage.sparse_attention["policy"] == policy
 
 
 def test_start_ups_that_cannot_be(server: Server, model_path: Path, tmp_path: Path) -> None:
@@ -77,6 +78,8 @@ def test_start_ups_that_cannot_be(server: Server, model_path: Path, tmp_path: Pa
         ([str(model_path)], {"QUEST_CONFIG": str(tmp_path / "broken.yaml")}, 2, "cannot read the YAML file"),
         ([str(model_path)], {"QUEST_CONFIG": str(tmp_path / "latin.yaml")}, 2, "cannot read the YAML file"),
         ([str(model_path)], {"QUEST_METRICS_DIR": "/proc/nowhere"}, 2, "metrics_dir: expected a directory"),
+        ([str(model_path)], {"QUEST_POLICY": "max", "QUEST_GROUP_REDUCTION": "mean"}, 2, "policy: expected one of"),
+        ([str(model_path)], {"QUEST_POLICY": "two_stage", "QUEST_PAGE_SUMMARY": "min_max"}, 2, "got 'two_stage'"),
     ]
 
     def start(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -85,21 +85,30 @@ def test_the_span_of_a_request_says_what_its_reply_says(server: Server, traces: 
     assert span["gen_ai.usage.completion_tokens"] == 9
 
 
-def test_replies_and_metrics_say_what_the_layers_read(server: Server) -> None:
+@pytest.mark.parametrize("policy", ["mass", "two_stage"])
+def test_replies_and_metrics_say_what_the_layers_read(server: Server, policy: str) -> None:
     before = server.metrics()
     answer = server.client().completions.create(
         model=MODEL_NAME,
         prompt=list(range(1000, 1300)),
         max_tokens=6,
-        extra_body={"sparse_attention": {"token_budget": 256}, "ignore_eos": True},
+        extra_body={"sparse_attention": {"token_budget": 256, "policy": policy}, "ignore_eos": True},
     )
     budgets = layer_budgets(QuestConfig(layer_shares=tuple(SHARES.items())))
     assert budgets is not None
     steps = np.arange(301, 306, dtype=np.int32)
-    pages = budgets.rows(np.full(5, 16, np.int32), -(-steps // 16))
+    available = -(-steps // 16)
+    pages = budgets.rows(np.full(5, 16, np.int32), available)
     assert pages.min() < 16 < pages.max() == 20  # some layers read less than the budget, some the whole context
-    counted = server.metrics()["quest_pages_selected_total"] - before["quest_pages_selected_total"]
+    after, missing = server.metrics(), LAYERS * (available * 16 - steps).sum()
+    counted, read = (after[name] - before[name] for name in ("quest_pages_selected_total", "quest_kv_bytes_read_total"))
     assert counted == KV_HEADS * pages.sum()
+    ranks = np.minimum(pages + (pages + 1) // 2, available) - np.maximum(pages // 2, 3)
+    keys = 16 * ranks[pages > 3].sum() if policy == "two_stage" else 0
+    vectors = pages.sum() * 16 - missing + LAYERS * available.sum() + keys / 2  # attended, summaries, shortlists
+    assert read == KV_HEADS * vectors * 2 * 64 * 4
+    reason = f'quest_decode_rows_total{{path="sparse",reason="{"budget" if policy == "mass" else policy}"}}'
+    assert after[reason] - before[reason] == 5
     assert answer.usage.sparse_attention["pages_selected"] == round(pages.sum() / LAYERS)
 
 

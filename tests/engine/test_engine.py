@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from quest_vllm import compat
 from quest_vllm.audit import AuditReport, audit_summaries
 from tests.conftest import DTYPE
 
@@ -157,7 +160,7 @@ def test_top_p_is_each_rows_own_and_is_counted(llm: Any) -> None:
 def test_policy_is_each_rows_own(llm: Any) -> None:
     """A window has not seen the number in the middle; its neighbours have, however their heads are joined."""
     prompt = passkey_prompt(48213, 90)
-    names = ["mass", "window", "max", "window", "mean"]
+    names = ["mass", "window", "max", "two_stage", "window", "mean"]
     sampling = [params(512, 8) for _ in names]
     for made, name in zip(sampling, names, strict=True):
         made.extra_args |= {"quest_policy": name}
@@ -165,6 +168,61 @@ def test_policy_is_each_rows_own(llm: Any) -> None:
     assert ["48213" in text for text in texts] == [name != "window" for name in names], texts
     alone = llm.generate([prompt], [sampling[1]], use_tqdm=False)[0].outputs[0].text
     assert "48213" not in alone
+
+
+def watched(choose_pages: Callable[..., Any], isa: str, held: list[torch.Tensor]) -> Callable[..., Any]:
+    """``choose_pages``, which also adds to ``held`` how much of its group's attention each head's pages hold.
+
+    ``[4, heads]``: of the pages chosen, of those that the reference chooses, with the best summaries, and the best.
+    """
+    from quest_vllm.ops.api import load_ops
+    from quest_vllm.ops.cpu import unpack_keys
+    from quest_vllm.policies import DecodeStep, OraclePolicy
+
+    reference = load_ops("reference", "cpu")
+    oracle = OraclePolicy(reference)
+
+    def choose(*tensors: Any, **options: Any) -> Any:
+        scores, log_sums, query, packed, *rows = tensors
+        found, keys = choose_pages(*tensors, **options), unpack_keys(packed, isa)
+        assert reference.choose_pages is not None
+        expected = reference.choose_pages(scores, log_sums, query, keys, *rows, **options)
+        sizes = {name: options[name] for name in ("page_size", "max_page_budget")}
+        step = DecodeStep(query, keys, torch.empty(0), *rows, scale=options["scale"], **sizes)
+        choices = (found, expected, reference.select_pages(scores, *rows[1:], **sizes), oracle.choose(step))
+        mass = oracle.scores(step).exp()
+        taken = [mass.gather(-1, pages.clamp(min=0).long()).where(pages >= 0, 0) for pages in choices]
+        held.append(torch.stack(taken).sum(dim=-1).flatten(1))
+        return found
+
+    return choose
+
+
+def test_two_stages_choose_by_keys(llm: Any) -> None:
+    """In every layer and step as the reference does: better pages than the summaries alone choose."""
+    held: list[torch.Tensor] = []
+
+    def watch(worker: Any) -> None:
+        for layer in compat.cached_layers(worker).values():
+            ops = layer.impl._layer_ops(layer)
+            layer.impl._ops = dataclasses.replace(ops, choose_pages=watched(ops.choose_pages, layer.isa, held))
+
+    def stop(worker: Any) -> None:
+        for layer in compat.cached_layers(worker).values():
+            layer.impl._ops = None  # found again
+
+    sampling = params(256, 4, ignore_eos=True)
+    sampling.extra_args |= {"quest_policy": "two_stage"}
+    llm.collective_rpc(watch)
+    try:
+        llm.generate([passkey_prompt(48213, 90)], [sampling], use_tqdm=False)
+    finally:
+        llm.collective_rpc(stop)
+    assert len(held) == 30 * 3
+    ours, expected, summarised, best = torch.cat(held, dim=1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)  # pages may differ that hold the same
+    assert (ours <= best * (1 + 1e-5)).all()
+    assert (best - ours).mean() < 0.8 * (best - summarised).mean()
 
 
 def counters(llm: Any) -> dict[str, float]:

@@ -146,7 +146,8 @@ def test_a_run_without_sparse_rows_is_refused() -> None:
     units = [Unit("few_shot", 1024, 0, "decode", 256)]
     with pytest.raises(EvalUnavailable, match="no decode row took the sparse path"):
         engine_runner._check_sparse(units, {"rows_in_last_session": {"dense, unsupported": 90}})
-    engine_runner._check_sparse(units, {"rows_in_last_session": {"sparse, budget": 9}})
+    for reason in ("budget", "window", "two_stage"):
+        engine_runner._check_sparse(units, {"rows_in_last_session": {"dense, prefill": 1, f"sparse, {reason}": 9}})
     engine_runner._check_sparse([Unit("few_shot", 1024, 0, "decode", 2048)], {"rows_in_last_session": {}})
 
 

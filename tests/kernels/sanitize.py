@@ -2,8 +2,8 @@
 
 usage: compute-sanitizer --tool initcheck python -m tests.kernels.sanitize [--head-dims 64 128] [--warps 8 16]
 
-Whole tests take these tools too long: each launch here has rows that are empty, short, covered, sparse, adaptive and a
-window, in one batch. Answers are those of a launch before, bit for bit.
+Whole tests take these tools too long: each launch here has rows that are empty, short, covered, sparse, adaptive, a
+window and of two stages, in one batch. Answers are those of a launch before, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from quest_vllm.ops import cuda, cuda_build
 from tests.kernels.paged import places
 from tests.kernels.test_cuda_ops import build, run
 
-LENGTHS = [0, 1, 100, 583, 700, 640]
-BUDGETS = [3, 3, 200, 9, 30, 12]
-TOP_PS = [1.0, 1.0, 1.0, 1.0, 0.8, 1.0]
-NAMES = ["mass", "mass", "mass", "max", "mean", "window"]
+LENGTHS = [0, 1, 100, 583, 700, 640, 700]
+BUDGETS = [3, 3, 200, 9, 30, 12, 9]
+TOP_PS = [1.0, 1.0, 1.0, 1.0, 0.8, 1.0, 0.9]
+NAMES = ["mass", "mass", "mass", "max", "mean", "window", "two_stage"]
 KINDS = [("key_codes", "mass", 4), ("key_codes", "mass", 8), ("min_max", "mass", 3), ("min_max", "max", 4)]
 CLUSTERS = [1, 3]
 

@@ -67,11 +67,13 @@ def make(
     page_summary: str,
     dtype: torch.dtype = torch.bfloat16,
     lengths: Sequence[int] = LENGTHS,
+    page_size: int = 16,
 ) -> PagedCase:
     heads, group, dim, block = shape
-    case = make_case(list(lengths), num_kv_heads=heads, group=group, head_dim=dim, block_size=block, dtype=dtype)
+    sizes = {"head_dim": dim, "block_size": block, "page_size": page_size}
+    case = make_case(list(lengths), num_kv_heads=heads, group=group, dtype=dtype, **sizes)
     caches = (case.views.keys, case.views.summaries)
-    reference.update_page_summaries(*caches, case.slots(), page_size=16, page_summary=page_summary)
+    reference.update_page_summaries(*caches, case.slots(), page_size=page_size, page_summary=page_summary)
     return case
 
 
@@ -133,6 +135,54 @@ def test_rows_with_a_policy_of_their_own(shape: tuple[int, ...], top_p: float | 
     check(make(shape, policy["page_summary"]), budgets, policy, 3, top_p=top_p, policies=names)
 
 
+@pytest.mark.parametrize(
+    ("shape", "cluster", "warps", "top_p", "on_host"),
+    [
+        *((shape, 3, 8, None, False) for shape in SHAPES),
+        (SHAPES[0], 1, 8, 0.6, True),
+        (SHAPES[0], 4, 16, 0.9, False),
+        (SHAPES[3], 2, 8, 0.3, False),
+    ],
+    indirect=["on_host"],
+)
+@pytest.mark.parametrize("policy", [CODES, BOXES | {"group_reduction": "mass"}])
+@pytest.mark.usefixtures("on_host")
+def test_two_stages(
+    shape: tuple[int, ...], cluster: int, warps: int, top_p: float | None, policy: dict[str, Any]
+) -> None:
+    """Of rows whose shortlist is all pages but the certain ones, or fewer; of one among them that is not two-stage."""
+    lengths = [1, 100, 583, 1300, 1300, 16 * 70 + 3]
+    names = ["two_stage"] * 4 + ["mass", "two_stage"]
+    check(
+        make(shape, policy["page_summary"], lengths=lengths),
+        [3, 4, 20, 11, 12, 40],
+        policy,
+        cluster,
+        warps,
+        top_p,
+        policies=names,
+    )
+
+
+@pytest.mark.parametrize(("group", "page"), [(12, 16), (16, 64), (4, 32)])
+@pytest.mark.usefixtures("on_host")
+def test_two_stages_with_more_heads_pages_of_several_tiles_and_a_softcap(group: int, page: int) -> None:
+    policy = BOXES | {"group_reduction": "mass"}
+    case = make((1, group, 64, 128), "min_max", lengths=[0, 700, 3000], page_size=page)
+    check(case, [3, 8, 9], policy, softcap=3.0, policies=["two_stage"] * 3)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.usefixtures("on_host")
+def test_two_stages_of_keys_that_are_no_numbers(poison: float) -> None:
+    case = make(SHAPES[0], "min_max", lengths=[583, 1300])
+    block = case.block_table[1, 3]
+    case.views.keys[block, :, 5, 0] = poison
+    policy = BOXES | {"group_reduction": "mass"}
+    reference.update_page_summaries(case.views.keys, case.views.summaries, case.slots(), page_size=16)
+    check(case, [9, 11], policy, policies=["two_stage"] * 2, finite=False)
+
+
 @pytest.mark.parametrize("policy", [CODES, BOXES])
 @pytest.mark.usefixtures("on_host")
 def test_a_row_does_not_see_its_neighbours(policy: dict[str, Any]) -> None:
@@ -157,6 +207,26 @@ def test_more_heads_and_float16_with_a_softcap(group: int, dtype: torch.dtype) -
     check(make((1, group, 64, 16), "min_max", dtype), BUDGETS, BOXES, softcap=3.0)
 
 
+def in_two_stages(
+    case: PagedCase,
+    scores: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
+    policies: torch.Tensor | None,
+    policy: dict[str, Any],
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """A kernel's own scores, of shortlisted pages by the reference's arithmetic on keys."""
+    page_size, keys, log_sums = case.page_size, case.views.keys, torch.zeros(case.query.shape[:2], device=scores.device)
+    options = {"page_size": page_size, "policies": policies}
+    reference.score_pages(
+        case.query, case.views.summaries, *rows[:2], scale=scale, log_sums=log_sums, **options | policy
+    )
+    listed = reference.shortlist_pages(scores, *rows[1:], max_page_budget=scores.shape[2], **options)
+    softened = {"page_size": page_size, "scale": scale, "softcap": softcap}
+    return reference.rerank_pages(scores, log_sums, listed, case.query, keys, *rows[:2], **softened)
+
+
 def check(
     case: PagedCase,
     page_budgets: Sequence[int],
@@ -166,9 +236,11 @@ def check(
     top_p: float | None = None,
     softcap: float = 0.0,
     policies: Sequence[str] | None = None,
+    finite: bool = True,
 ) -> None:
     """The fused launch chooses what the reference chooses by the scores of the stage alone, and attends to that."""
     count, head_dim, block_size = len(page_budgets), case.query.shape[2], case.views.keys.shape[2]
+    page_size = case.page_size
     heads = case.query.shape[1] if policy["group_reduction"] == "per_query_head" else case.views.keys.shape[1]
     caches = (case.views.keys, case.views.values, case.views.summaries)
     rows = (case.block_table, case.seq_lens, torch.tensor(page_budgets, dtype=torch.int32))
@@ -176,9 +248,16 @@ def check(
     windows = torch.tensor([name == "window" for name in policies or [""] * count])
     shares = None if top_p is None else torch.where(windows, 1.0, torch.full((count,), top_p))
     scale = head_dim**-0.5
-    chosen = torch.zeros(count, heads, case.block_table.shape[1] * block_size // 16, dtype=torch.uint8)
+    chosen = torch.zeros(count, heads, case.block_table.shape[1] * block_size // page_size, dtype=torch.uint8)
     taken = torch.zeros(count, heads, dtype=torch.int32)
-    launch = {"page_size": 16, "scale": scale, "cluster_size": cluster, "warps": warps, "policies": own, **policy}
+    launch = {
+        "page_size": page_size,
+        "scale": scale,
+        "cluster_size": cluster,
+        "warps": warps,
+        "policies": own,
+        **policy,
+    }
     counts = {"chosen": chosen, "taken": taken}
     out = cuda.quest_decode(case.query, *caches, *rows, softcap=softcap, top_p=shares, **counts, **launch)
 
@@ -186,15 +265,16 @@ def check(
     scores = cuda.score_pages(case.query, case.views.summaries, *rows[:2], **launch)
     unit = reference.mass_scale_of(policy["group_reduction"], scale, policy["page_summary"])
     budgets = {
-        "page_size": 16,
+        "page_size": page_size,
         "max_page_budget": chosen.shape[-1],
         "top_p": shares,
         "mass_scale": unit,
         "policies": own,
     }
+    scores = in_two_stages(case, scores, rows, own, policy, scale, softcap)
     pages = reference.select_pages(scores, *rows[1:], **budgets)
     flags = cuda._as_flags(pages, chosen.shape[-1])
-    choosing = rows[2] < -(-case.seq_lens // 16)
+    choosing = rows[2] < -(-case.seq_lens // page_size)
     choosing |= torch.zeros_like(choosing) if shares is None else shares < 1
     by_rounding = 0 if top_p is None else 1  # where the share is reached to the last bit
     assert (chosen[choosing] != flags[choosing]).sum() <= by_rounding
@@ -204,10 +284,18 @@ def check(
 
     def attend(of: PagedCase) -> torch.Tensor:
         return reference.sparse_paged_attention(
-            of.query, of.views.keys, of.views.values, *rows[:2], listed, page_size=16, scale=scale, softcap=softcap
+            of.query,
+            of.views.keys,
+            of.views.values,
+            *rows[:2],
+            listed,
+            page_size=page_size,
+            scale=scale,
+            softcap=softcap,
         )
 
-    assert_near(out, case, attend)
+    if finite:
+        assert_near(out, case, attend)
 
 
 def test_what_32_bits_cannot_count_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from quest_vllm.config import GROUP_REDUCTIONS
 from quest_vllm.ops import cuda, reference
-from quest_vllm.ops.api import compose
+from quest_vllm.ops.api import load_ops
 from quest_vllm.page_layout import split_chunks
 from tests.kernels.paged import PagedCase, make_case
 
@@ -37,7 +37,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 LENGTHS = [0, 1, 100, 583, 1300, 16 * 70 + 3]
 BUDGETS = [3, 3, 4, 9, 20, 200]  # pages; the last one covers its row
 CLUSTERS = [1, 3, 4, 11, None]
-compose_reference = compose(reference.score_pages, reference.select_pages, reference.sparse_paged_attention)
+compose_reference = load_ops("reference", "cpu").quest_decode
 
 
 def on_gpu(case: PagedCase) -> PagedCase:

@@ -20,11 +20,12 @@ from tests.kernels.cuda_on_host import build, take_races
 from tests.kernels.paged import places
 from tests.kernels.test_cuda_decode_on_host import BOXES, CODES, launch_in, make
 
-# rows without tokens, of one page, covered, a window, and three that choose, two of them by top_p
-LENGTHS = [0, 1, 100, 583, 1300, 1123, 700]
-BUDGETS = [3, 2**30, 2**30, 5, 20, 40, 12]
-TOP_PS = [1.0, 1.0, 0.5, 1.0, 0.6, 0.9, 1.0]
-NAMES = ["mass", "mass", "mass", "window", "max", "mean", "mass"]
+# rows without tokens, of one page, covered, a window, three that choose, two of them by top_p, and three in two stages,
+# one by top_p, one whose shortlist is all pages
+LENGTHS = [0, 1, 100, 583, 1300, 1123, 700, 1300, 1123, 583]
+BUDGETS = [3, 2**30, 2**30, 5, 20, 40, 12, 20, 12, 30]
+TOP_PS = [1.0, 1.0, 0.5, 1.0, 0.6, 0.9, 1.0, 1.0, 0.6, 1.0]
+NAMES = ["mass", "mass", "mass", "window", "max", "mean", "mass", "two_stage", "two_stage", "two_stage"]
 LONG = 16 * 700  # several rounds a warp
 KINDS = [(CODES, 4), (CODES, 8), (BOXES | {"group_reduction": "mass"}, 3), (BOXES, 4)]
 
@@ -39,6 +40,9 @@ def races_of(
     mixed = {"policies": places(names), "top_p": torch.tensor(TOP_PS), "cluster_size": 3}
     most = 600 if dim == 64 else 40  # a list beyond shared memory, where attending to it takes less
     batches = [(LENGTHS, BUDGETS, mixed, 1.0), ([LONG], [most], {"cluster_size": 1}, 1.0)]
+    if scored == "mass":
+        twice = {"cluster_size": 2, "policies": places(["two_stage"])}
+        batches += [([LONG], [most], twice, 1.0)]
     alike = {"cluster_size": 2, "top_p": torch.tensor([0.7])}
     batches += [([LONG], [40], alike, 0.0), ([LONG], [40], alike, float("nan"))]
     races = []

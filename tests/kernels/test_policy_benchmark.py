@@ -325,10 +325,12 @@ def test_differences_to_dense_are_paired() -> None:
     assert "minus_dense" not in results[0]
 
 
-def test_two_stages_with_half_the_pages_read_what_one_stage_reads(model: hf_reference.ReferenceModel) -> None:
+def test_two_stages_with_two_thirds_of_the_pages_read_what_one_stage_reads(model: hf_reference.ReferenceModel) -> None:
     sizes = {c.name: c.kv_bytes(256, 3, 9, 64) for c in policy_sweeps.gap_sweep(model.ops, 16)}
-    assert sizes["two-stage on codes 2x, half the pages"] == sizes["key codes, mass"] == sizes["original"]
-    assert sizes["two-stage on codes 2x"] - sizes["key codes, mass"] == 3 * 16 * 16 * 4 * 64
+    page = 3 * 16 * 4 * 64
+    assert sizes["key codes, mass"] == sizes["original"]
+    assert abs(sizes["two-stage, two thirds of the pages"] - sizes["key codes, mass"]) <= page
+    assert sizes["two-stage"] - sizes["key codes, mass"] == 16 * page // 2
 
 
 def test_gap_closed_is_nothing_for_the_original_and_all_for_the_oracle() -> None:

@@ -20,10 +20,19 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90)
 PACKAGE = "quest_vllm.ops.triton"
-INDEX_POINTERS = {"block_table_ptr", "seq_lens_ptr", "budget_ptr", "selected_ptr"}
-FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr", "logit_ptr", "top_p_ptr"}
+INDEX_POINTERS = {
+    "block_table_ptr",
+    "seq_lens_ptr",
+    "budget_ptr",
+    "policy_ptr",
+    "selected_ptr",
+    "listed_ptr",
+    "taken_ptr",
+}
+FLOAT_POINTERS = {"score_ptr", "partial_ptr", "lse_ptr", "logit_ptr", "log_sum_ptr", "top_p_ptr"}
 PAGES = {"PAGE_SIZE": 16, "HEAD_DIM": 80, "PADDED_DIM": 128}
 WIDE = {"PAGE_SIZE": 64, "HEAD_DIM": 256, "PADDED_DIM": 256}
+LISTED = {"PAGES_PER_BLOCK": 2, "TILE": 64, "SINK_PAGES": 1, "RECENT_PAGES": 2}
 KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, variants of its constants
     "update_page_summaries_kernel": (
         "update_page_summaries",
@@ -61,16 +70,37 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
         "score_pages",
         [
             {"PAGE_SIZE": 16, "GROUP": 3, "PADDED_GROUP": 4, "TILE": 64, "COMBINE_TILE": 256, "LSE_TILE": 128} | tail
-            for tail in ({"FILL_TAIL": False}, {"FILL_TAIL": True})
+            for tail in (
+                {"FILL_TAIL": False, "HAS_POLICIES": True, "HAS_LOG_SUMS": True},
+                {"FILL_TAIL": True, "HAS_POLICIES": False, "HAS_LOG_SUMS": False},
+            )
         ],
     ),
     "select_pages_kernel": (
         "select_pages",
         [
             {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": True}
-            | {"HAS_TOP_P": False, "HAS_TAKEN": True},
+            | {"HAS_TOP_P": False, "HAS_TAKEN": True, "HAS_POLICIES": False},
             {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 1, "TILE": 128, "FILL_TAIL": False}
-            | {"HAS_TOP_P": True, "HAS_TAKEN": False},
+            | {"HAS_TOP_P": True, "HAS_TAKEN": False, "HAS_POLICIES": True},
+        ],
+    ),
+    "shortlist_pages_kernel": (
+        "shortlist_pages",
+        [
+            {"PAGE_SIZE": 16, "SINK_PAGES": 1, "RECENT_PAGES": 2, "TILE": 1024, "FILL_TAIL": False},
+            {"PAGE_SIZE": 16, "SINK_PAGES": 0, "RECENT_PAGES": 0, "TILE": 128, "FILL_TAIL": True},
+        ],
+    ),
+    "rerank_pages_kernel": (
+        "rerank_pages",
+        [
+            shape | LISTED | {"HAS_SOFTCAP": softcap, "HAS_BUDGETS": budgets, "HAS_TOP_P": top_p}
+            for shape, softcap, budgets, top_p in (
+                (PAGES | {"GROUP": 3, "PADDED_GROUP": 8}, True, True, True),
+                (PAGES | {"HEAD_DIM": 128, "GROUP": 16, "PADDED_GROUP": 16}, False, True, False),
+                (WIDE | {"GROUP": 8, "PADDED_GROUP": 8}, False, False, False),
+            )
         ],
     ),
     "attend_splits_kernel": (
@@ -96,6 +126,11 @@ OPTIONS: dict[str, dict[str, Any]] = {  # other than four warps; as the launches
     "encode_pages_kernel": {"enable_fp_fusion": False},
     "score_codes_kernel": {"num_stages": 1},
 }
+UNTYPED = {
+    "select_pages_kernel",
+    "combine_mass_kernel",
+    "shortlist_pages_kernel",
+}  # the cache's dtype is none of theirs
 EXACT = {"encode_pages_kernel"}  # single operations, each correctly rounded
 
 
@@ -132,7 +167,7 @@ def compile_kernel(name: str) -> int:
 
     module, variants = KERNELS[name]
     kernel = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
-    dtypes = ["bf16"] if name in {"select_pages_kernel", "combine_mass_kernel"} else ["bf16", "fp16", "fp32"]
+    dtypes = ["bf16"] if name in UNTYPED else ["bf16", "fp16", "fp32"]
     count = 0
     for constants, arch in itertools.product(variants, ARCHITECTURES):
         for dtype in dtypes if constants is variants[0] else dtypes[:1]:

@@ -1,4 +1,4 @@
-"""Runs the cases of ``triton_cases.py`` and ``triton_code_cases.py``.
+"""Runs the cases of ``triton_cases.py``, ``triton_code_cases.py`` and ``triton_two_stage_cases.py``.
 
 Here on a GPU, else in Triton's interpreter, in a process of its own.
 
@@ -18,12 +18,13 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = ("triton_cases", "triton_code_cases")
+CASES = ("triton_cases", "triton_code_cases", "triton_two_stage_cases")
 
 if torch.cuda.is_available():
     pytest.register_assert_rewrite(*(f"tests.kernels.{name}" for name in CASES))
     from tests.kernels.triton_cases import *  # noqa: F403
     from tests.kernels.triton_code_cases import *  # noqa: F403
+    from tests.kernels.triton_two_stage_cases import *  # noqa: F403
 else:
 
     @pytest.mark.parametrize("name", CASES)

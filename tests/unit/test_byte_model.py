@@ -33,13 +33,16 @@ def test_attention_speedups_of_the_design(context: int, budget: int, page_size: 
     assert found.speedup == pytest.approx(speedup, abs=0.005)
 
 
-@pytest.mark.parametrize(("context", "budget"), [(4001, 512), (64, 48), (4001, 0), (500, 512), (1, 48), (33, 49)])
-def test_it_equals_what_a_worker_counts(context: int, budget: int) -> None:
-    config = QuestConfig()
+@pytest.mark.parametrize("policy", ["auto", "window", "two_stage"])
+@pytest.mark.parametrize(
+    ("context", "budget"), [(4001, 512), (4001, 2048), (64, 48), (4001, 0), (500, 512), (1, 48), (33, 49)]
+)
+def test_it_equals_what_a_worker_counts(context: int, budget: int, policy: str) -> None:
+    config = QuestConfig(policy=policy)
     length, budgets = np.array([context], np.int32), np.array([budget], np.int32)
     rows = classify_rows(np.array([1], np.int32), length, np.array([False]), budgets, config)
     counted = measure_traffic(rows, length, config.page_size)
-    assert read_vectors(context, budget, config).sparse == counted.vectors_read
+    assert read_vectors(context, budget, config).sparse == round(counted.vectors_read)
     assert read_vectors(context, budget, config).dense == counted.vectors_dense
 
 

@@ -66,8 +66,32 @@ def test_auto_is_told_as_what_it_means(
     chosen, configuration = report["chosen"], report["configuration"]
     assert (chosen["page_summary"], chosen["group_reduction"]) == (summary, reduction)
     assert (configuration["page_summary"], configuration["group_reduction"]) == (summary, reduction)
+    assert chosen["policy"] == configuration["policy"] == reduction
     assert chosen.get("page_summary_auto", "").startswith(because or "")
     assert ("page_summary_auto" in chosen) == (because is not None)
+
+
+def test_a_default_policy_that_cannot_be_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUEST_POLICY", "two_stage")
+    monkeypatch.setenv("QUEST_IMPLEMENTATION", "torch")
+    assert run_json(capsys)["chosen"]["policy"] == "two_stage"
+    monkeypatch.setenv("QUEST_PAGE_SUMMARY", "min_max")
+    (problem,) = run_json(capsys, code=1)["problems"]
+    assert problem.startswith("policy: expected one of auto, max, window") and "got 'two_stage'" in problem
+
+
+def test_a_policys_bytes_are_in_the_estimate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUEST_IMPLEMENTATION", "torch")
+    read = {}
+    for policy in ("mass", "window", "two_stage"):
+        monkeypatch.setenv("QUEST_POLICY", policy)
+        report = run_json(capsys, "--context", "8192", "--budget", "512")
+        read[policy] = report["estimate"]["vectors"]["sparse"]
+    assert read == {"mass": 512 + 512, "window": 512, "two_stage": 512 + 512 + 256}
 
 
 def test_refusals_come_from_the_capabilities(

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from quest_vllm import runtime
-from quest_vllm.config import QuestConfig, default_config_path, load_config
+from quest_vllm.config import POLICIES, QuestConfig, default_config_path, load_config
 from quest_vllm.errors import QuestConfigError, QuestError
+from quest_vllm.server.flags import check_configuration
 
 
 def test_default_yaml_is_found_names_every_key_and_agrees_with_the_dataclass() -> None:
@@ -49,6 +50,7 @@ def test_each_source_overrides_the_one_before(tmp_path: Path) -> None:
         ("QUEST_DENSE_LAYERS", "[]", ("dense_layers", ())),
         ("QUEST_GROUP_REDUCTION", "mean", ("group_reduction", "mean")),
         ("QUEST_GROUP_REDUCTION", "mass", ("group_reduction", "mass")),
+        ("QUEST_POLICY", "two_stage", ("policy", "two_stage")),
         ("QUEST_BOUND_RADIUS", "0.25", ("bound_radius", 0.25)),
         ("QUEST_BOUND_RADIUS", "1", ("bound_radius", 1.0)),
         ("QUEST_IMPLEMENTATION", "reference", ("implementation", "reference")),
@@ -92,6 +94,8 @@ def test_mistyped_environment_variable_is_refused_and_a_stranger_is_not() -> Non
         ("dense_layers", "0,1"),
         ("group_reduction", "sum"),
         ("group_reduction", None),
+        ("policy", "two-stage"),
+        ("policy", None),
         ("page_summary", "means"),
         ("page_summary", None),
         ("bound_radius", -0.01),
@@ -180,9 +184,67 @@ def test_auto_is_key_codes_where_they_can_be_had(
     why = config.why_boxes(head_dim)
     found = config.resolved(why)
     assert (found.page_summary, found.group_reduction) == (summary, reduction)
+    assert found.policy == found.policies[0] == reduction
     assert found.resolved() == found
     if "page_summary" not in settings:
         assert bool(why) == (summary == "min_max")
+
+
+@pytest.mark.parametrize(
+    ("settings", "legal"),
+    [
+        ({}, "mass, max, mean, two_stage, window"),
+        ({"page_summary": "min_max"}, "max, window"),
+        ({"page_size": 32}, "max, window"),
+        ({"group_reduction": "mean"}, "mean, window"),
+        ({"page_summary": "min_max", "group_reduction": "mass"}, "mass, max, mean, window"),
+        ({"group_reduction": "per_query_head"}, "per_query_head, window"),
+    ],
+)
+def test_a_default_policy_must_be_one_that_a_request_may_name(settings: dict[str, Any], legal: str) -> None:
+    names = legal.split(", ")
+    for policy in POLICIES:
+        if policy in names:
+            found = load_config({"quest": {**settings, "policy": policy}}, {}).resolved()
+            assert (found.policy, found.policies[0]) == (policy, policy) and sorted(found.policies) == sorted(names)
+            assert found.resolved() == found
+            continue
+        with pytest.raises(QuestConfigError) as caught:  # as soon as group_reduction is known
+            load_config({"quest": {**settings, "policy": policy}}, {}).resolved()
+        reduction = names[0]
+        lacking = "page_summary to key_codes" if reduction == "mass" else "group_reduction to mass"
+        hint = "" if policy == "per_query_head" else f"; set {lacking} for others"
+        expected = f"policy: expected one of auto, {legal} with group_reduction {reduction}, got '{policy}'{hint}"
+        assert str(caught.value) == expected
+
+
+def test_a_default_policy_is_checked_once_the_model_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.compat, "is_cpu_platform", lambda: True)
+    assert runtime.config_of(vllm_config(64, torch.float16, 14, 1, policy="two_stage")).policy == "two_stage"
+    with pytest.raises(QuestConfigError, match="policy: expected one of auto, max, window with .*, got 'two_stage'"):
+        runtime.config_of(vllm_config(80, torch.float16, 14, 1, policy="two_stage"))
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "refused"),
+    [
+        (["model"], {"QUEST_POLICY": "two_stage"}, False),
+        (["model"], {"QUEST_POLICY": "two_stage", "QUEST_PAGE_SUMMARY": "min_max"}, True),
+        (["model", "--additional-config", '{"quest": {"page_size": 32}}'], {"QUEST_POLICY": "two_stage"}, True),
+        (["model"], {"QUEST_POLICY": "two_stage", "QUEST_GROUP_REDUCTION": "max"}, True),
+        (["--port", "80", "model"], {"QUEST_POLICY": "two_stage", "QUEST_GROUP_REDUCTION": "max"}, True),
+        # what is calibrated for a model that is not known here may say otherwise: the server decides
+        (["--port", "80", "model"], {"QUEST_POLICY": "two_stage", "QUEST_PAGE_SUMMARY": "min_max"}, False),
+    ],
+)
+def test_serve_refuses_a_default_policy_before_vllm_starts(
+    words: list[str], environment: dict[str, str], refused: bool
+) -> None:
+    if not refused:
+        check_configuration(words, environment)
+        return
+    with pytest.raises(QuestConfigError, match="^policy: expected one of auto, max, window .* got 'two_stage'; set"):
+        check_configuration(words, environment)
 
 
 GPU_MODEL = {"head_dim": 128, "dtype": torch.bfloat16, "heads": 32, "kv_heads": 8}

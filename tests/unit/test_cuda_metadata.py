@@ -161,7 +161,9 @@ def test_one_token_a_request_is_a_decode_step(table: BudgetTable) -> None:
     assert metadata.sparse.page_budgets.tolist() == [16, ALL_PAGES, ALL_PAGES, ALL_PAGES]
 
 
-def test_budgets_travel_only_when_they_change(table: BudgetTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_travel_only_when_they_change(
+    table: BudgetTable, policies: BudgetTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     builder, sent = Builder(table), list[list[int]]()
     monkeypatch.setattr(row_buffers, "staged", lambda array, _: sent.append(array.tolist()) or torch.from_numpy(array))
     table.set(3, 256)
@@ -238,19 +240,26 @@ def test_shares_reach_the_kernels_and_their_counts_come_back_with_the_next_step(
 def test_each_row_has_its_requests_policy_in_every_kind_of_step(table: BudgetTable, policies: BudgetTable) -> None:
     builder = Builder(table)
     captured = builder.build_for_cudagraph_capture(common_metadata([1] * 4, [1] * 4, None)).sparse
-    window, mean = POLICIES.index("window"), POLICIES.index("mean")
-    for slot, policy in ((0, mean), (1, window), (3, window)):
+    window, mean, staged = (POLICIES.index(name) for name in ("window", "mean", "two_stage"))
+    for slot, policy in ((0, mean), (1, window), (2, staged), (3, window)):
         table.set(slot, 128)
         policies.set(slot, policy)
+    table.set(2, 0)
     decode = builder.build(0, common_metadata([1] * 3, [800, 801, 802], [3, 0, 2], padded_to=4)).sparse
-    assert decode.policies.tolist()[:2] == [window, mean]
+    assert decode.policies.tolist()[:3] == [window, mean, staged]
     assert decode.policies.data_ptr() == captured.policies.data_ptr()
-    assert builder.counted[-1][0].windows.tolist() == [True, False, False]
+    classes = builder.counted[-1][0]
+    assert classes.windows.tolist() == [True, False, False]
+    assert not classes.two_stage.any(), "a row without a budget is dense"
+    table.set(2, 128)
     verify = builder.build(0, common_metadata([WIDTH] * 2, [700, 900], [1, 0])).sparse
     assert verify.policies.tolist() == [window] * WIDTH + [mean] * WIDTH
     mixed = builder.build(0, common_metadata([7, 2, 1], [90, 500, 800], [2, 1, 0], prefilling=(0,))).sparse
     assert mixed.policies.tolist() == [window, window, mean]
     assert builder.counted[-1][0].windows.tolist() == [False, True, True, False]
+    staged_too = builder.build(0, common_metadata([1] * 2, [803, 900], [0, 2])).sparse
+    assert staged_too.policies.tolist() == [mean, staged]
+    assert builder.counted[-1][0].two_stage.tolist() == [False, True]
 
 
 def test_shares_of_verify_steps_and_of_rows_beside_a_prefill_chunk(table: BudgetTable, shares: BudgetTable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,12 +169,20 @@ def test_steps_and_replies_count_what_the_layers_read(monkeypatch: pytest.Monkey
         setattr(metrics, name, lambda *values, name=name: counted.__setitem__(name, values))
     monkeypatch.setattr("quest_vllm.accounting.get_worker_metrics", lambda: metrics)
     group = LayerGroup(4, 2, 2, 64, 2, 16, True, own)
-    record_step(group, rows, step_rows(np.arange(3, dtype=np.int32), lengths, none), budgets)
+    step = (step_rows(np.arange(3, dtype=np.int32), lengths, none), budgets)
+    record_step(group, rows, *step)
     missing = 4 * (63 * 16 - 1000 + 13 * 16 - 200)
     attended, available = int(pages.sum()) * 16 - missing, 4 * (63 + 13)
     assert counted["pages"] == (2 * pages.sum(), 2 * available)
     assert counted["tokens"] == (attended / 4, 1200)
     assert counted["kv_bytes"] == ((attended + available) * 2 * group.vector_bytes, 4 * 1200 * 2 * group.vector_bytes)
+    staged = replace(CONFIG, policy="two_stage")
+    record_step(group, classify_rows(ones, lengths, none, budgets, staged), *step)
+    listed = [16 + 32 + 30, 8 + 7 + 8]  # pages; where a layer takes forced ones alone, none
+    assert counted["kv_bytes"][0] == (attended + available + sum(listed) * 16 / 2) * 2 * group.vector_bytes
+    assert counted["pages"] == (2 * pages.sum(), 2 * available)
+    read = 63 + pages[:, 0].mean() * 16 - 8 + listed[0] / 4 * 16 / 2
+    assert read_vectors(1000, 512, staged).sparse == round(read)
     usage = count_usage([(999, 2)], 512, CONFIG)
     assert usage.pages_selected == round(pages[:, 0].mean()) and usage.pages_available == 63
     assert usage.mean_tokens_attended == pages[:, 0].mean() * 16 - 8

@@ -146,6 +146,25 @@ def test_bad_trace_request_is_refused_with_what_was_expected(path: str) -> None:
     assert "expected 1 to 2147483647" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "scores_pages", "reads_keys"),
+    [("auto", True, False), ("window", False, False), ("two_stage", True, True)],
+)
+def test_the_page_knows_what_choosing_pages_reads(policy: str, scores_pages: bool, reads_keys: bool) -> None:
+    pytest.importorskip("vllm")
+    from quest_vllm.page.routes import describe
+
+    model = SimpleNamespace(
+        max_model_len=8192,
+        get_total_num_hidden_layers=lambda: 30,
+        get_total_num_kv_heads=lambda: 3,
+        get_head_size=lambda: 64,
+        dtype=SimpleNamespace(itemsize=2),
+    )
+    told = describe(SimpleNamespace(model_config=model), QuestConfig(policy=policy).resolved())
+    assert (told["scores_pages"], told["reads_keys"]) == (scores_pages, reads_keys)
+
+
 def test_page_loads_nothing_from_elsewhere() -> None:
     from quest_vllm.page.routes import FILES, STATIC
 

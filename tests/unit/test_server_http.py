@@ -157,7 +157,7 @@ def test_a_policy_goes_in_and_the_reply_and_the_route_name_it(app: FastAPI, clie
     assert usage["policy"] == "window" and usage["pages_selected"] == 8 * 32
     last = post(client, stream=True, vllm_xargs={POLICY_XARG: "max"}).text.split("\n\n")[2]
     assert json.loads(last.removeprefix("data: "))["usage"]["sparse_attention"]["policy"] == "max"
-    assert client.get("/v1/sparse_attention").json()["policies"] == ["mass", "max", "mean", "window"]
+    assert client.get("/v1/sparse_attention").json()["policies"] == ["mass", "max", "mean", "two_stage", "window"]
     options["sparse_attention"]["top_p"] = 0.5
     answer = post(client, **options)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "sparse_attention.top_p"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from quest_vllm import accounting, step_log
 from quest_vllm.accounting import LayerGroup, adaptive_rows, record_step
-from quest_vllm.config import QuestConfig
+from quest_vllm.config import MASS_POLICIES, POLICIES, QuestConfig
 from quest_vllm.metadata import classify_rows
 from quest_vllm.metrics_files import FilesCollector
 from quest_vllm.step_log import LAG, Step, StepLog, joined
@@ -23,19 +23,27 @@ from quest_vllm.tally import read_tally
 from quest_vllm.token_rows import step_rows
 
 GROUP = LayerGroup(30, 2, 2, 64, 2, 16, True)
-# query tokens, tokens stored before, in prefill, token budget, top_p
+Request = tuple[int, int, bool, int, float, str]
+# query tokens, tokens stored before, in prefill, token budget, top_p, policy
 request = st.tuples(
-    st.integers(0, 4), st.integers(0, 900), st.booleans(), st.sampled_from([0, 64, 512]), st.sampled_from([0.5, 1.0])
+    st.integers(0, 4),
+    st.integers(0, 900),
+    st.booleans(),
+    st.sampled_from([0, 64, 512]),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from(MASS_POLICIES),
 )
 
 
-def step(requests: list[tuple[int, int, bool, int, float]]) -> Step:
-    query, stored, prefilling, budgets, top_ps = (np.array(column) for column in zip(*requests, strict=True))
+def step(requests: list[Request]) -> Step:
+    query, stored, prefilling, budgets, top_ps, names = (np.array(column) for column in zip(*requests, strict=True))
     query_start = np.concatenate([[0], np.cumsum(query)]).astype(np.int32)
     rows = step_rows(query_start, (query + stored).astype(np.int32), prefilling.astype(bool))
     own = budgets.astype(np.int32)[rows.requests]
     shares = top_ps.astype(np.float32)[rows.requests]
-    classes = classify_rows(rows.query_lens, rows.seq_lens, prefilling[rows.requests], own, QuestConfig(), shares)
+    policies = np.array([POLICIES.index(name) for name in names], np.int32)[rows.requests]
+    sizes = (rows.query_lens, rows.seq_lens, prefilling[rows.requests])
+    classes = classify_rows(*sizes, own, QuestConfig(), shares, policies)
     return classes, rows, own
 
 
@@ -59,7 +67,7 @@ class Sums:
 
 
 @given(st.lists(st.lists(request, min_size=1, max_size=5), min_size=1, max_size=6))
-def test_joined_steps_count_as_the_sum_of_the_steps(batches: list[list[tuple[int, int, bool, int, float]]]) -> None:
+def test_joined_steps_count_as_the_sum_of_the_steps(batches: list[list[Request]]) -> None:
     steps = [step(batch) for batch in batches]
     sums = []
     for counted in (steps, [joined(steps)]):
@@ -84,7 +92,7 @@ def sparse_rows(directory: Path) -> float:
 
 
 def test_steps_are_counted_by_themselves_a_little_later(run_dir: Path) -> None:
-    log, one = StepLog(GROUP), step([(1, 800, False, 64, 1.0), (1, 20, False, 64, 1.0)])
+    log, one = StepLog(GROUP), step([(1, 800, False, 64, 1.0, "mass"), (1, 20, False, 64, 1.0, "mass")])
     for round_number in (1, 2):  # the thread goes on after it has counted
         for _ in range(3):
             log.add(*one)
@@ -97,7 +105,7 @@ def test_steps_are_counted_by_themselves_a_little_later(run_dir: Path) -> None:
 def test_a_step_that_cannot_be_counted_is_said_and_stops_nothing(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log, one = StepLog(GROUP), step([(1, 800, False, 64, 1.0)])
+    log, one = StepLog(GROUP), step([(1, 800, False, 64, 1.0, "mass")])
     with monkeypatch.context() as patch, caplog.at_level("ERROR", logger="vllm.quest_vllm"):
         patch.setattr("quest_vllm.step_log.record_step", lambda *_: 1 / 0)
         log.add(*one)
@@ -112,7 +120,7 @@ def test_a_step_that_cannot_be_counted_is_said_and_stops_nothing(
 
 def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_log, "LAG", 60.0)
-    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5), (1, 900, False, 512, 0.5)])
+    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5, "mass"), (1, 900, False, 512, 0.5, "mass")])
     adaptive = adaptive_rows(GROUP, one[0], one[1].seq_lens, np.array([3, 0], np.int32))
     assert adaptive is not None
     counts, arrived = torch.zeros(30, 4, 2, dtype=torch.int32), threading.Event()
@@ -137,7 +145,7 @@ def test_what_adaptive_rows_took_is_counted_at_once(run_dir: Path, monkeypatch: 
 
 
 def test_steps_are_counted_while_what_rows_took_keeps_coming(run_dir: Path) -> None:
-    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5), (1, 900, False, 512, 0.5)])
+    log, one = StepLog(GROUP), step([(1, 800, False, 512, 0.5, "mass"), (1, 900, False, 512, 0.5, "mass")])
     adaptive = adaptive_rows(GROUP, one[0], one[1].seq_lens, np.array([0, 0], np.int32))
     assert adaptive is not None
     places, counts, ended = np.array([0, 1]), torch.full((30, 2, 2), 4, dtype=torch.int32), threading.Event()

@@ -23,8 +23,9 @@ from quest_vllm.budget import (
     get_top_p_table,
     parse_top_p,
 )
-from quest_vllm.config import QuestConfig, load_config
+from quest_vllm.config import POLICIES, QuestConfig, load_config
 from quest_vllm.errors import QuestConfigError, QuestValueError
+from quest_vllm.layer_budgets import LayerBudgets
 from quest_vllm.metadata import classify_rows, measure_traffic
 from quest_vllm.metrics_files import FilesCollector
 from quest_vllm.server.asgi import Refusal
@@ -152,10 +153,10 @@ def test_table_of_shares_reads_one_where_it_is_empty() -> None:
     assert table.rows(3).tolist() == [1, 1, 1]
 
 
-def classify(lengths: list[int], budgets: list[int], top_ps: list[float]) -> Any:
+def classify(lengths: list[int], budgets: list[int], top_ps: list[float], policies: Any = None) -> Any:
     ones = np.ones(len(lengths), np.int32)
     arrays = (np.array(lengths, np.int32), np.zeros(len(lengths), np.bool_), np.array(budgets, np.int32))
-    return classify_rows(ones, *arrays, QuestConfig(), np.array(top_ps, np.float32))
+    return classify_rows(ones, *arrays, QuestConfig(), np.array(top_ps, np.float32), policies)
 
 
 def test_rows_with_a_share_are_sparse_even_where_the_budget_covers() -> None:
@@ -201,6 +202,29 @@ def test_counts_of_a_selection_reach_metrics_and_tally(run_dir: Path) -> None:
     assert value("quest_tokens_reached_bucket", {"le": "64.0"}) == 3
     vectors = 16 * 78 - 8 * 8 + 4 * 126 + 4 * (32 * 16 - 12 + 57)  # summaries included
     assert value("quest_kv_bytes_read_total") == vectors * group.vector_bytes
+
+
+def test_adaptive_rows_in_two_stages_read_the_keys_that_their_budgets_list(run_dir: Path) -> None:
+    own = LayerBudgets({2: 1.0, 3: 0.0}, forced=3)
+    group = LayerGroup(2, 2, 2, head_dim=4, element_size=2, page_size=16, counts_rows=True, budgets=own)
+    lengths, budgets = np.array([1000, 900, 1000], np.int32), np.array([256, 256, 256], np.int32)
+    staged, mass = POLICIES.index("two_stage"), POLICIES.index("mass")
+    rows = classify(lengths.tolist(), budgets.tolist(), [0.9, 0.9, 1.0], np.array([staged, mass, staged]))
+    record_step(group, rows, step_rows(np.arange(4, dtype=np.int32), lengths, np.zeros(3, bool)), budgets)
+    adapting = adaptive_rows(group, rows, lengths, np.zeros(3, np.int32))
+    assert adapting is not None
+    # 16 pages a layer: 29 in one, whose ranks 14 to 43 are listed whatever is taken, and the 3 forced ones in the other
+    keys = 30 * 16
+    assert adapting.keys.tolist() == [keys / 2, 0]
+    for _ in range(2):  # layer by layer, as on a CPU
+        record_reached(adapting, np.full((1, 2, 2), 3, np.int32))
+    registry = CollectorRegistry()
+    registry.register(FilesCollector(run_dir))
+    taken = 2 * ((3 * 16 - 8 + 63) + (3 * 16 - 12 + 57)) + keys / 2  # of one head, summaries included
+    fixed = 32 * 16 - 2 * 8 + 2 * 63 + keys / 2
+    assert registry.get_sample_value("quest_kv_bytes_read_total") == 2 * (taken + fixed) * group.vector_bytes
+    labels = {"path": "sparse", "reason": "two_stage"}
+    assert registry.get_sample_value("quest_decode_rows_total", labels) == 2
 
 
 def test_usage_joins_what_follows_from_lengths_and_what_the_worker_counted() -> None:

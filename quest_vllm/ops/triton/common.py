@@ -7,9 +7,13 @@ import os
 import triton
 import triton.language as tl
 
+from quest_vllm.config import POLICIES, TWO_STAGE
+
 MIN_DOT_ROWS = 16
 """``tl.dot`` needs at least 16 rows; a GQA group is padded up to it."""
+MIN_DOT_COLUMNS = 8  # a GQA group is padded up to it where it is the columns
 
+TWO_STAGE_POLICY = tl.constexpr(POLICIES.index(TWO_STAGE))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -50,6 +54,19 @@ def min_with_nan(values, axis: tl.constexpr):
 def finite_or_zero(values):
     """What may be subtracted before ``exp``: infinities would give NaN."""
     return tl.where(tl.abs(values) == float("inf"), 0.0, values)
+
+
+@triton.jit
+def shortlist_ranks(budget, total, most, SINK_PAGES: tl.constexpr, RECENT_PAGES: tl.constexpr):
+    """``(begin, end)``: of the pages that are not forced, best first, a row of two stages lists those of rank begin on.
+
+    Counted from 0 and without ``end``; ``most`` is the largest budget, and none of an int32 overflows.
+    """
+    take = tl.minimum(tl.minimum(budget, total), most)
+    forced = tl.minimum(total, SINK_PAGES + RECENT_PAGES)
+    begin = tl.maximum(take // 2 - forced, 0)
+    end = tl.minimum(take + (take + 1) // 2, total) - forced
+    return begin, tl.where((take > forced) & (take < total), end, begin)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from quest_vllm.ops.key_codes import code_bytes
 from quest_vllm.ops.triton.common import (
+    MIN_DOT_COLUMNS,
     dot,
     finite_or_zero,
     is_last_of_page,
@@ -28,7 +29,6 @@ from quest_vllm.ops.triton.common import (
 
 CODED_PAGES_PER_TILE = 32
 TOKENS_AT_ONCE = 2  # of each page of a tile: more take more registers than leave room for other programs
-MIN_DOT_COLUMNS = 8  # a GQA group is padded up to it
 PAIRS_PER_CHUNK = 64
 QUERY_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers, of eight significant bits each, a query's number is the sum of."""

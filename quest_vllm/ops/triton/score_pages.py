@@ -121,11 +121,13 @@ def combine_mass_kernel(
     seq_lens_ptr,  # [num_reqs] int32
     policy_ptr,  # [num_reqs] int32, unless not HAS_POLICIES
     score_ptr,  # [num_reqs, num_kv_heads, max_pages] float32
+    log_sum_ptr,  # [num_reqs, num_q_heads] float32, unless not HAS_LOG_SUMS
     max_pages,
     logit_req_stride,
     logit_head_stride,
     lse_req_stride,
     lse_head_stride,
+    log_sum_req_stride,
     score_req_stride,
     score_head_stride,
     PAGE_SIZE: tl.constexpr,
@@ -136,6 +138,7 @@ def combine_mass_kernel(
     LSE_TILE: tl.constexpr,
     FILL_TAIL: tl.constexpr,
     HAS_POLICIES: tl.constexpr,
+    HAS_LOG_SUMS: tl.constexpr,
 ):
     """One program per (tile of pages, KV head, request): ``log(sum_g exp(logit_g - lse_g))`` of each page.
 
@@ -160,6 +163,10 @@ def combine_mass_kernel(
         top = new_top
     lse = finite_or_zero(top) + tl.log(mass)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # no page has mass: its score is -inf, not NaN
+    if HAS_LOG_SUMS:
+        log_sums = log_sum_ptr + req * log_sum_req_stride + heads
+        if tl.program_id(0) == 0:
+            tl.store(log_sums, lse, mask=group < GROUP)
     logit_rows = logit_ptr + req * logit_req_stride + heads[:, None] * logit_head_stride
     end = max_pages if FILL_TAIL else total
     for tile in range(tl.program_id(0), tl.cdiv(end, COMBINE_TILE), tl.num_programs(0)):
@@ -205,6 +212,7 @@ def score_pages(
     scale: float = 1.0,
     page_summary: str = "min_max",
     policies: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     scratch: MassScratch | None = None,
     fill_tail: bool = True,
@@ -214,9 +222,10 @@ def score_pages(
     ``query`` is ``[num_reqs, num_q_heads, head_dim]``, ``summaries``
     ``[num_blocks, num_kv_heads, pages_per_block, 2, head_dim]``, ``block_table`` ``[num_reqs, max_blocks]`` int32,
     ``seq_lens`` ``[num_reqs]`` int32. Returns ``out`` (made when None), ``[num_reqs, num_score_heads, max_pages]``
-    float32. ``scratch`` (made when None) serves "mass" alone. ``fill_tail=False`` leaves the entries past a request's
-    end as they were, so that the work doesn't grow with ``max_pages``; :func:`select_pages` never reads them. Raises
-    ``ValueError`` for an unknown reduction, a radius outside [0, 1], or a kind of summary that pages cannot have.
+    float32. ``scratch`` (made when None) and ``log_sums`` (``[num_reqs, num_q_heads]`` float32, its last dimension
+    contiguous) serve "mass" alone. ``fill_tail=False`` leaves the entries past a request's end as they were, so that
+    the work doesn't grow with ``max_pages``; :func:`select_pages` never reads them. Raises ``ValueError`` for an
+    unknown reduction, a radius outside [0, 1], or a kind of summary that pages cannot have.
     """
     if group_reduction not in REDUCTIONS:
         raise ValueError(f"group_reduction: expected one of {tuple(REDUCTIONS)}, got {group_reduction!r}")
@@ -244,7 +253,7 @@ def score_pages(
     else:
         tile = _score_boxes(*tensors, page_size=page_size, bound_radius=bound_radius, **settings)
     if mass:
-        _combine_mass(bounds, lse, seq_lens, policies, out, page_size, tile, fill_tail)
+        _combine_mass(bounds, lse, seq_lens, policies, out, log_sums, page_size, tile, fill_tail)
     return out
 
 
@@ -313,6 +322,7 @@ def _combine_mass(
     seq_lens: torch.Tensor,
     policies: torch.Tensor | None,
     out: torch.Tensor,
+    log_sums: torch.Tensor | None,
     page_size: int,
     tile: int,
     fill_tail: bool,
@@ -327,9 +337,11 @@ def _combine_mass(
         seq_lens,
         seq_lens if policies is None else policies,
         out,
+        out if log_sums is None else log_sums,
         max_pages,
         *logits.stride()[:2],
         *lse.stride()[:2],
+        0 if log_sums is None else log_sums.stride(0),
         *out.stride()[:2],
         PAGE_SIZE=page_size,
         GROUP=group,
@@ -339,5 +351,6 @@ def _combine_mass(
         LSE_TILE=LSE_TILE,
         FILL_TAIL=fill_tail,
         HAS_POLICIES=policies is not None,
+        HAS_LOG_SUMS=log_sums is not None,
         num_warps=4,
     )

@@ -1,11 +1,18 @@
 /* The byte model: what one decode step of one request reads from the KV cache. The same arithmetic as
-   quest_vllm/metadata.py, over all layers; a page summary is as large as one token's key and value. Spread over layers by
-   layer_shares, a budget is as many pages in all, or a few less where a layer's part covers the context. */
+   quest_vllm/metadata.py, over all layers; a page summary is as large as one token's key and value, a key half of that.
+   Spread over layers by layer_shares, a budget is as many pages in all, or a few less where a layer's part covers the
+   context. */
 
 /** @returns {boolean} whether a request with this budget and context selects pages */
 export function isSparse(info, context, budget) {
   const pages = Math.ceil(context / info.page_size);
   return budget > 0 && Math.ceil(Math.max(budget, info.min_budget) / info.page_size) < pages;
+}
+
+/** @returns {number} pages whose keys a head reads to choose */
+function pagesListed(take, pages, forced) {
+  if (take <= forced) return 0;
+  return Math.min(take + Math.ceil(take / 2), pages) - Math.max(Math.floor(take / 2), forced);
 }
 
 /** @returns {{read: number, dense: number}} bytes of one step at `context` tokens */
@@ -17,7 +24,9 @@ export function stepBytes(info, context, budget) {
   const selected = Math.ceil(Math.max(budget, info.min_budget) / info.page_size);
   const missing = pages * info.page_size - context;
   const denseLayers = info.dense_layers.filter((layer) => layer < info.layers).length;
-  const sparseTokens = selected * info.page_size - missing + pages;
+  const listed = info.reads_keys ? pagesListed(selected, pages, info.min_budget / info.page_size) : 0;
+  const choosing = (info.scores_pages ? pages : 0) + (listed * info.page_size) / 2;
+  const sparseTokens = selected * info.page_size - missing + choosing;
   const read = token * (sparseTokens * (info.layers - denseLayers) + context * denseLayers);
   return { read, dense };
 }
