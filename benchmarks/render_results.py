@@ -91,10 +91,11 @@ def tp_lines() -> list[str]:
 
 
 def chain_ratios(case: dict[str, Any], way: str) -> str:
-    """FlashAttention's time over ours, by min/max and, where there is a choice, by key codes."""
+    """FlashAttention's time over ours, by min/max and, where there is a choice, by key codes, and in two stages."""
     ratios = f"{case['speedup'][way]:.2f}x"
-    if "cuda_key_codes" in case:
-        ratios += f", key codes {case['fa3'][way] / case['cuda_key_codes'][way]:.2f}x"
+    for name, ours in (("key codes", "cuda_key_codes"), ("two stages", "cuda_two_stage")):
+        if ours in case:
+            ratios += f", {name} {case['fa3'][way] / case[ours][way]:.2f}x"
     return ratios
 
 
@@ -243,7 +244,11 @@ def summary_of_layers() -> list[str]:
     for name, (document, path) in newest_by_card("h*/*-chain.json").items():
         for c in document["cases"]:
             row = f"{size(c['context'])} x{c['batch']}, budget {size(c['budget'])}"
-            for column, ours in (("key codes (default)", "cuda_key_codes"), ("min/max", "cuda")):
+            for column, ours in (
+                ("key codes (default)", "cuda_key_codes"),
+                ("`two_stage`", "cuda_two_stage"),
+                ("min/max", "cuda"),
+            ):
                 if ours in c:
                     ratio = f"{c['fa3']['in_graph'] / c[ours]['in_graph']:.1f}x"
                     cells[row, f"[{name}]({path}), {column}"] = ratio

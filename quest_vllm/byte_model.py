@@ -105,7 +105,8 @@ def read_vectors(context: int, token_budget: int, config: QuestConfig, group_siz
 
 def _pages_listed(take: int, num_pages: int, forced: int) -> int:
     """:func:`quest_vllm.metadata.pages_listed` of one row."""
-    return min(take + (take + 1) // 2, num_pages) - max(take // 2, forced) if take > forced else 0
+    is_open = forced < take < num_pages
+    return min(take + (take + 1) // 2, num_pages) - max(take // 2, forced) if is_open else 0
 
 
 def estimate(

@@ -132,7 +132,7 @@ def test_drafts_change_no_text_at_any_budget(llm: Any) -> None:
     noise = max(0.125, *(noise for noise, _ in found[:2]))  # a bfloat16 logit of 16 or more moves in steps of 0.125
     for budget, (apart, gap) in zip(budgets, found, strict=True):
         assert apart <= 3 * noise, (budget, found)
-        assert gap is None or gap <= noise, (budget, found)  # the two best tokens tied
+        assert gap is None or gap <= 2 * noise, (budget, found)  # the two best tokens tied: each may move so far
 
 
 def test_summaries_are_right_after_rejected_drafts(llm: Any) -> None:

@@ -95,11 +95,11 @@ KERNELS: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: module, vari
     "rerank_pages_kernel": (
         "rerank_pages",
         [
-            shape | LISTED | {"HAS_SOFTCAP": softcap, "HAS_BUDGETS": budgets, "HAS_TOP_P": top_p}
-            for shape, softcap, budgets, top_p in (
-                (PAGES | {"GROUP": 3, "PADDED_GROUP": 8}, True, True, True),
-                (PAGES | {"HEAD_DIM": 128, "GROUP": 16, "PADDED_GROUP": 16}, False, True, False),
-                (WIDE | {"GROUP": 8, "PADDED_GROUP": 8}, False, False, False),
+            shape | LISTED | {"HAS_SOFTCAP": softcap, "HAS_BUDGETS": budgets}
+            for shape, softcap, budgets in (
+                (PAGES | {"GROUP": 3, "PADDED_GROUP": 8}, True, True),
+                (PAGES | {"HEAD_DIM": 128, "GROUP": 16, "PADDED_GROUP": 16}, False, True),
+                (WIDE | {"GROUP": 8, "PADDED_GROUP": 8}, False, False),
             )
         ],
     ),

@@ -178,7 +178,7 @@ def test_steps_and_replies_count_what_the_layers_read(monkeypatch: pytest.Monkey
     assert counted["kv_bytes"] == ((attended + available) * 2 * group.vector_bytes, 4 * 1200 * 2 * group.vector_bytes)
     staged = replace(CONFIG, policy="two_stage")
     record_step(group, classify_rows(ones, lengths, none, budgets, staged), *step)
-    listed = [16 + 32 + 30, 8 + 7 + 8]  # pages; where a layer takes forced ones alone, none
+    listed = [16 + 30, 8 + 8]  # pages; where a layer takes forced ones alone, or all, none
     assert counted["kv_bytes"][0] == (attended + available + sum(listed) * 16 / 2) * 2 * group.vector_bytes
     assert counted["pages"] == (2 * pages.sum(), 2 * available)
     read = 63 + pages[:, 0].mean() * 16 - 8 + listed[0] / 4 * 16 / 2

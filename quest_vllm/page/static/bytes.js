@@ -11,7 +11,7 @@ export function isSparse(info, context, budget) {
 
 /** @returns {number} pages whose keys a head reads to choose */
 function pagesListed(take, pages, forced) {
-  if (take <= forced) return 0;
+  if (take <= forced || take >= pages) return 0;
   return Math.min(take + Math.ceil(take / 2), pages) - Math.max(Math.floor(take / 2), forced);
 }
 
