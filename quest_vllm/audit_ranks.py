@@ -19,7 +19,8 @@ from quest_vllm import compat
 from quest_vllm.audit import key_rows, stored_summaries
 from quest_vllm.errors import QuestError
 from quest_vllm.layers import has_window
-from quest_vllm.ops.api import Ops
+from quest_vllm.ops.api import Ops, needs_log_sums
+from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page_layout import split_chunks
 
 PageLists = list[list[list[int]]]
@@ -140,15 +141,18 @@ def _recording_decode(ops: Ops, recorder: _Recorder) -> Callable[..., torch.Tens
 
 
 def _select_again(ops: Ops, tensors: Sequence[torch.Tensor], options: dict[str, Any]) -> PageLists:
-    query, _, _, summaries, block_table, seq_lens, budgets = tensors
-    scoring = ("page_size", "group_reduction", "bound_radius", "scale", "page_summary")
-    scores = ops.score_pages(query, summaries, block_table, seq_lens, **{key: options[key] for key in scoring})
-    selecting = ("page_size", "sink_pages", "recent_pages")
-    width = block_table.shape[1] * summaries.shape[2]
-    chosen = ops.select_pages(
-        scores, seq_lens, budgets, max_page_budget=width, **{key: options[key] for key in selecting}
-    )
-    return _without_padding(chosen)
+    query, keys, _, summaries, *rows, budgets = tensors
+    policies, choose_pages = options.get("policies"), ops.choose_pages
+    assert choose_pages is not None  # all implementations but "cuda" have it
+    scoring = {key: options[key] for key in ("page_size", "group_reduction", "bound_radius", "scale", "page_summary")}
+    log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(policies) else None
+    scores = ops.score_pages(query, summaries, *rows, policies=policies, log_sums=log_sums, **scoring)
+    choosing = {key: options[key] for key in ("page_size", "sink_pages", "recent_pages", "scale")}
+    choosing |= {key: options[key] for key in ("softcap", "top_p") if key in options}
+    choosing["mass_scale"] = mass_scale_of(*(options[key] for key in ("group_reduction", "scale", "page_summary")))
+    widest = scores.shape[2]
+    given = (scores, log_sums, query, keys, *rows, budgets)
+    return _without_padding(choose_pages(*given, max_page_budget=widest, policies=policies, **choosing))
 
 
 def _without_padding(selected: torch.Tensor) -> PageLists:

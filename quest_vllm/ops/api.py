@@ -182,8 +182,10 @@ def compose(
 def _from_module(name: str, module: Any) -> Ops:
     stages = (module.score_pages, module.select_pages, module.sparse_paged_attention)
     if hasattr(module, "quest_decode"):
-        kv_writer = getattr(module, "KvWriter", None)
-        return Ops(name, module.update_page_summaries, *stages, module.quest_decode, kv_writer=kv_writer)
+        kv_writer, choose = getattr(module, "KvWriter", None), None
+        if hasattr(module, "shortlist_pages"):
+            choose = in_two_stages(module.select_pages, module.shortlist_pages, module.rerank_pages)
+        return Ops(name, module.update_page_summaries, *stages, module.quest_decode, choose, kv_writer)
     return _composed(name, module, module.update_page_summaries, module.rerank_pages, module.sparse_paged_attention)
 
 

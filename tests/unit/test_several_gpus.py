@@ -17,6 +17,7 @@ from quest_vllm import audit_ranks
 from quest_vllm.audit_ranks import RankSelections, by_head, disagreements
 from quest_vllm.errors import QuestError
 from quest_vllm.ops.api import Ops, load_ops
+from tests.kernels.paged import places
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -88,8 +89,8 @@ def test_recorded_decode_is_what_the_stages_select() -> None:
 
     def fused(*arguments: torch.Tensor, chosen: torch.Tensor, **named: Any) -> torch.Tensor:
         for row, pages in enumerate(expected[:2]):
-            for head, places in enumerate(pages):
-                chosen[row, head, places] = 1
+            for head, own in enumerate(pages):
+                chosen[row, head, own] = 1
         return ops.quest_decode(*arguments, **named)
 
     expected = [[[p for p in head if p >= 0] for head in row] for row in chosen.tolist()]
@@ -106,6 +107,25 @@ def test_recorded_decode_is_what_the_stages_select() -> None:
     by_hand = audit_ranks._Recorder()
     by_hand.add([128, 100], [4, 5], expected[:2])
     assert hashes == [[head.hexdigest() for head in by_hand.heads]] * 2 and len({*hashes[0]}) == 2
+
+
+@pytest.mark.parametrize("policy", ["two_stage", "window", "mean", "mass"])
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_what_is_selected_again_is_what_was_attended_to(policy: str, top_p: float | None) -> None:
+    ops = load_ops("torch", "cpu")
+    tensors, options = decode_tensors(16, [128, 100, 90], [4, 5, 5])
+    query, keys, values, _, table, lengths, _ = tensors
+    options |= {"group_reduction": "mass", "policies": places([policy, "max", policy])}
+    if top_p is not None:
+        options["top_p"] = torch.tensor([top_p, 1.0, 1.0])
+    pages = audit_ranks._select_again(ops, tensors, options)
+    selected = torch.full((3, 2, 8), -1, dtype=torch.int32)
+    for row, heads in enumerate(pages):
+        for head, chosen in enumerate(heads):
+            selected[row, head, : len(chosen)] = torch.tensor(chosen)
+    scale = {"page_size": 16, "scale": options["scale"]}
+    attended = ops.sparse_paged_attention(query, keys, values, table, lengths, selected, **scale)
+    assert torch.equal(attended, ops.quest_decode(*tensors, **options))
 
 
 STAGES = ("update_page_summaries", "score_pages", "select_pages", "sparse_paged_attention")
