@@ -65,7 +65,7 @@ run:
 # several servers and engines share the cores: one thread each, on any core; two that wait for each other take six times
 # as long where another process holds one of the cores
 TESTS := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -q -m "not gpu"
-SERVERS := tests/deploy tests/e2e tests/unit
+SERVERS := tests/deploy tests/e2e tests/unit tests/eval tests/bench
 ENGINES := tests/engine tests/features
 
 # three processes, so that two cores are busy to the end: a start waits for one import of vLLM after the other, and tests

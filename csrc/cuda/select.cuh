@@ -30,10 +30,9 @@ class PageSelector {
     if (threadIdx.x == 0) shared.num_candidates = 0;
   }
 
-  // Between two of them.
+  // Between two of them, the first of which ended behind a barrier that every CTA met after its last look at the histograms.
   __device__ __forceinline__ static void clear_again(Shared& shared) {
-    __syncthreads();
-    clear(shared);  // a barrier lies behind every CTA's last look at the histograms
+    clear(shared);
     __syncthreads();
   }
 
