@@ -19,7 +19,7 @@ from quest_vllm import compat
 from quest_vllm.audit import key_rows, stored_summaries
 from quest_vllm.errors import QuestError
 from quest_vllm.layers import has_window
-from quest_vllm.ops.api import Ops, needs_log_sums
+from quest_vllm.ops.api import Ops, room_for_log_sums
 from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page_layout import split_chunks
 
@@ -145,7 +145,7 @@ def _select_again(ops: Ops, tensors: Sequence[torch.Tensor], options: dict[str, 
     policies, choose_pages = options.get("policies"), ops.choose_pages
     assert choose_pages is not None  # all implementations but "cuda" have it
     scoring = {key: options[key] for key in ("page_size", "group_reduction", "bound_radius", "scale", "page_summary")}
-    log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(policies) else None
+    log_sums = room_for_log_sums(query, policies)
     scores = ops.score_pages(query, summaries, *rows, policies=policies, log_sums=log_sums, **scoring)
     choosing = {key: options[key] for key in ("page_size", "sink_pages", "recent_pages", "scale")}
     choosing |= {key: options[key] for key in ("softcap", "top_p") if key in options}

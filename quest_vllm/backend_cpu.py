@@ -24,7 +24,7 @@ from quest_vllm.layer_budgets import LayerBudgets, layer_budgets
 from quest_vllm.layers import counts_rows, is_sparse_layer, refuse_layer_features, sparse_layers, start_up
 from quest_vllm.metadata import RowClasses, classify_rows
 from quest_vllm.metrics import get_worker_metrics
-from quest_vllm.ops.api import Ops, load_ops, needs_log_sums
+from quest_vllm.ops.api import Ops, load_ops, room_for_log_sums
 from quest_vllm.ops.reference import mass_scale_of
 from quest_vllm.page.trace import TracedRows, get_trace_table, get_trace_writer, traced_rows
 from quest_vllm.page_layout import BoundViews, PageViews
@@ -254,7 +254,7 @@ class QuestCpuImpl(_cpu.CPUAttentionBackendImpl):  # type: ignore[misc,name-defi
         assert ops.choose_pages is not None  # all implementations for the CPU have it
         index = compat.layer_index(layer.layer_name)
         start = time.perf_counter()
-        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(rows.policies) else None
+        log_sums = room_for_log_sums(query, rows.policies)
         scores = ops.score_pages(
             query,
             views.summaries,

@@ -79,10 +79,11 @@ def parse_policy(value: object, *, config: QuestConfig, field: str = POLICY_XARG
         return config.own_policy
     if isinstance(value, str) and value in legal:
         return value
-    own, has = config.group_reduction, f"this server has group_reduction {config.group_reduction}"
-    why = f" ({has}; others need mass)" if value in MASS_POLICIES else ""
-    if value == TWO_STAGE and own == "mass":
+    why = ""
+    if value == TWO_STAGE and config.group_reduction == "mass":
         why = f" (this server has page_summary {config.page_summary}; that policy needs key_codes)"
+    elif value in MASS_POLICIES:
+        why = f" (this server has group_reduction {config.group_reduction}; others need mass)"
     raise QuestValueError(f"{field}: expected one of {', '.join(map(repr, legal))}, got {shown(value)}{why}")
 
 

@@ -65,7 +65,8 @@ def in_two_stages(
     """Return ``choose_pages``: ``select_pages``, by the keys of a shortlist where a row's policy is "two_stage".
 
     Its positional arguments are ``page_scores``, ``log_sums``, ``query``, ``key_cache``, ``block_table``, ``seq_lens``
-    and ``page_budgets``, with the reference's shapes. Looks at ``policies``: on a GPU that waits for it.
+    and ``page_budgets``, with the reference's shapes. ``log_sums`` are :func:`room_for_log_sums`, which ``score_pages``
+    has filled: None where no row's policy is "two_stage".
     """
 
     def choose_pages(
@@ -95,7 +96,7 @@ def in_two_stages(
             "max_page_budget": max_page_budget,
             "policies": policies,
         }
-        if needs_log_sums(policies):
+        if log_sums is not None:
             listed = shortlist_pages(page_scores, *rows, **options)
             keys = (query, key_cache, block_table, seq_lens)
             softened = {"page_size": page_size, "scale": scale, "softcap": softcap}
@@ -106,9 +107,14 @@ def in_two_stages(
     return choose_pages
 
 
-def needs_log_sums(policies: torch.Tensor | None) -> bool:
-    """Whether a row's policy is "two_stage", so that ``choose_pages`` needs the ``log_sums`` of ``score_pages``."""
-    return policies is not None and bool((policies == POLICIES.index(TWO_STAGE)).any())
+def room_for_log_sums(query: torch.Tensor, policies: torch.Tensor | None) -> torch.Tensor | None:
+    """Where ``score_pages`` leaves its ``log_sums``, if a row's policy is "two_stage"; else None.
+
+    ``query`` is ``[num_reqs, num_q_heads, head_dim]``. Looks at ``policies``: on a GPU that waits for it.
+    """
+    if policies is None or not bool((policies == POLICIES.index(TWO_STAGE)).any()):
+        return None
+    return query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 def compose(
@@ -151,7 +157,7 @@ def compose(
         rows = (block_table, seq_lens)
         common: dict[str, Any] = {"page_size": page_size, "policies": policies}
         scoring: dict[str, Any] = {"group_reduction": group_reduction, "bound_radius": bound_radius, "scale": scale}
-        log_sums = query.new_empty(query.shape[:2], dtype=torch.float32) if needs_log_sums(policies) else None
+        log_sums = room_for_log_sums(query, policies)
         scores = score_pages(query, summaries, *rows, page_summary=page_summary, log_sums=log_sums, **scoring, **common)
         selected = choose_pages(
             scores,

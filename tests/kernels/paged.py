@@ -48,6 +48,7 @@ def make_case(
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    page_summary: str = "min_max",
 ) -> PagedCase:
     """Random case; its summaries come from the reference. Unused rows hold NaN, so that reading one shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,5 +67,5 @@ def make_case(
     for cached in (views.keys, views.values):
         rows = torch.randn(slots.numel(), num_kv_heads, head_dim, generator=generator).to(dtype)
         cached[slots // block_size, :, slots % block_size] = rows
-    reference.update_page_summaries(views.keys, views.summaries, slots, page_size=page_size)
+    reference.update_page_summaries(views.keys, views.summaries, slots, page_size=page_size, page_summary=page_summary)
     return case

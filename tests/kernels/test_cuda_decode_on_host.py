@@ -71,10 +71,7 @@ def make(
 ) -> PagedCase:
     heads, group, dim, block = shape
     sizes = {"head_dim": dim, "block_size": block, "page_size": page_size}
-    case = make_case(list(lengths), num_kv_heads=heads, group=group, dtype=dtype, **sizes)
-    caches = (case.views.keys, case.views.summaries)
-    reference.update_page_summaries(*caches, case.slots(), page_size=page_size, page_summary=page_summary)
-    return case
+    return make_case(list(lengths), num_kv_heads=heads, group=group, dtype=dtype, page_summary=page_summary, **sizes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -49,10 +49,7 @@ def test_a_window_is_the_first_and_the_newest_pages(
 
 
 def make(page_summary: str = "min_max", group: int = 4) -> PagedCase:
-    case = make_case(LENGTHS, num_kv_heads=2, group=group, head_dim=64, block_size=32)
-    caches = (case.views.keys, case.views.summaries)
-    reference.update_page_summaries(*caches, case.slots(), page_size=16, page_summary=page_summary)
-    return case
+    return make_case(LENGTHS, num_kv_heads=2, group=group, head_dim=64, block_size=32, page_summary=page_summary)
 
 
 def score(operation: Any, case: PagedCase, page_summary: str, reduction: str, **options: Any) -> torch.Tensor:

@@ -20,14 +20,6 @@ SCALE = 1 / math.sqrt(64)
 IMPLEMENTATIONS = ["reference", "torch", "cpu"]
 
 
-def summarised(summary: str, lengths: list[int] = LENGTHS) -> PagedCase:
-    """A case with boxes or key codes for summaries."""
-    case = make_case(lengths)
-    caches, slots = (case.views.keys, case.views.summaries), case.slots()
-    reference.update_page_summaries(*caches, slots, page_size=case.page_size, page_summary=summary)
-    return case
-
-
 def first_stage(ops: Ops, summary: str) -> BoundPolicy | KeyCodesPolicy:
     """What is served without a second one."""
     return KeyCodesPolicy(ops, "mass") if summary == "key_codes" else BoundPolicy(ops, "mass", 0.5)
@@ -69,7 +61,7 @@ def chosen_pages(
 @pytest.mark.parametrize("summary", ["min_max", "key_codes"])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
 def test_what_is_served_is_the_policy_that_is_measured(implementation: str, summary: str, top_p: float) -> None:
-    case, ops = summarised(summary), load_ops(implementation, "cpu")
+    case, ops = make_case(LENGTHS, page_summary=summary), load_ops(implementation, "cpu")
     shares = {} if top_p == 1 else {"top_p": torch.full((len(LENGTHS),), top_p)}
     served = chosen_pages(ops, case, BUDGETS, ["two_stage"] * len(LENGTHS), summary, **shares)
     policy = TwoStagePolicy(first_stage(ops, summary), top_p=top_p)
@@ -79,7 +71,7 @@ def test_what_is_served_is_the_policy_that_is_measured(implementation: str, summ
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_it_holds_more_mass_than_one_stage_and_no_more_than_the_oracle(implementation: str) -> None:
     """On key codes, whose estimates err both ways. Boxes' are too high: exact masses lose to them."""
-    case, ops = summarised("key_codes"), load_ops(implementation, "cpu")
+    case, ops = make_case(LENGTHS, page_summary="key_codes"), load_ops(implementation, "cpu")
     budgets = [3, 3, 4, 9, 20, 15]
     masses = OraclePolicy(ops).scores(step_of(case, budgets)).exp().nan_to_num()
 
@@ -95,7 +87,7 @@ def test_it_holds_more_mass_than_one_stage_and_no_more_than_the_oracle(implement
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_neighbours_of_other_policies_change_nothing(implementation: str) -> None:
-    case, ops = summarised("key_codes"), load_ops(implementation, "cpu")
+    case, ops = make_case(LENGTHS, page_summary="key_codes"), load_ops(implementation, "cpu")
     mixed = ["two_stage", "window", "mass", "two_stage", "max", "two_stage"]
     together = chosen_pages(ops, case, BUDGETS, mixed, "key_codes")
     for policy in set(mixed):
@@ -135,7 +127,7 @@ def test_a_shortlist_of_the_largest_budget_and_of_other_policies() -> None:
 
 
 def test_only_listed_pages_are_read_and_scored_again() -> None:
-    case = summarised("min_max", [583])
+    case = make_case([583])
     total = int(num_pages(case.seq_lens, 16)[0])
     scores = torch.randn(1, 2, case.block_table.shape[1] * 2)
     shortlist = torch.tensor([[[2, 7, total - 1], [4, -1, -1]]], dtype=torch.int32)
