@@ -57,6 +57,12 @@ def finite_or_zero(values):
 
 
 @triton.jit
+def capped(logits, softcap):
+    """``softcap * tanh(logits / softcap)``: tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x."""
+    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+
+
+@triton.jit
 def shortlist_ranks(budget, total, most, SINK_PAGES: tl.constexpr, RECENT_PAGES: tl.constexpr):
     """``(begin, end)``: of the pages that are not forced, best first, a row of two stages lists those of rank begin on.
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from quest_vllm.ops.triton.common import (
     MIN_DOT_COLUMNS,
     TWO_STAGE_POLICY,
+    capped,
     cdiv,
     dot,
     dot_tile,
@@ -121,8 +122,7 @@ def rerank_pages_kernel(
         key = tl.load(key_rows[:, None] + dims[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         logits = dot(key, query, tl.zeros((TILE, PADDED_GROUP), tl.float32)) * scale
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x
-            logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+            logits = capped(logits, softcap)
         logits = tl.where(valid[:, None], logits, float("-inf"))
         logits = tl.reshape(logits, (PAGES, PAGE_SIZE, PADDED_GROUP))
         top = finite_or_zero(tl.max(logits, axis=1))

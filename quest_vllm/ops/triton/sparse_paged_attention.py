@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quest_vllm.ops.triton.common import MIN_DOT_ROWS, cdiv, dot, dot_tile, padded
+from quest_vllm.ops.triton.common import MIN_DOT_ROWS, capped, cdiv, dot, dot_tile, padded
 
 TOKENS_PER_SPLIT = 256
 TOKENS_PER_TILE = 64
@@ -104,8 +104,7 @@ def attend_splits_kernel(
             value = tl.load(value_rows[:, None] + dims[None, :], mask=mask, other=0.0)
             logits = dot(query, tl.trans(key), tl.zeros((PADDED_ROWS, TILE), tl.float32)) * scale
             if HAS_SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2x) + 1), finite for every x
-                logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+                logits = capped(logits, softcap)
             logits = tl.where(valid[None, :], logits, float("-inf"))
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
